@@ -1,0 +1,2 @@
+//! The kernel probe. It holds only its manifest until the tap is built.
+#![no_std]

@@ -1,0 +1,2 @@
+//! Placeholder of vllm-load.
+fn main() {}

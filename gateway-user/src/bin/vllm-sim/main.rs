@@ -1,0 +1,2 @@
+//! Placeholder of vllm-sim.
+fn main() {}
