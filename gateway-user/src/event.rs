@@ -1,0 +1,205 @@
+//! One row for one request.
+//!
+//! A [`RequestEvent`] holds what is known of a request once it has ended: who it was for, what it asked, how long each phase
+//! took, how many tokens it used. Its JSON form is the row of `request_events`, name for name. It holds no text of a prompt or a
+//! completion, and of an error only its type.
+
+use crate::wire::exchange::{Facts, Outcome, UsageSource};
+use serde::{Serialize, Serializer};
+
+/// Everything about a request that the bytes themselves do not tell.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// Unique for ever: gateway, boot and sequence.
+    pub event_id: Box<str>,
+    /// Wall clock at the request's first byte, microseconds since 1970.
+    pub started_at_us: i64,
+    /// Which gateway wrote the event.
+    pub gateway_id: Box<str>,
+    /// Who pays; `None` when the request never said so (it was refused).
+    pub team: Option<Box<str>>,
+    /// Optional second level of attribution.
+    pub project: Option<Box<str>>,
+    /// Optional third level of attribution.
+    pub user: Option<Box<str>>,
+    /// The upstream (configured name) that served it.
+    pub upstream: Option<Box<str>>,
+    /// `X-Request-Id`, the client's or the gateway's.
+    pub request_id: Box<str>,
+    /// The trace that the request belongs to (from `traceparent`).
+    pub trace_id: Option<Box<str>>,
+    /// Status code that the client got, also when the gateway made the response.
+    pub status: Option<u16>,
+    /// Why the gateway answered by itself: a reason from a bounded set.
+    pub error_type: Option<&'static str>,
+    /// Time that the gateway itself added before the first byte went upstream.
+    pub gateway_overhead_us: Option<u64>,
+}
+
+/// A request that has ended. Absent values are unknown, not zero.
+#[derive(Clone, Debug, Serialize)]
+pub struct RequestEvent {
+    /// Unique for ever: gateway, boot and sequence.
+    pub event_id: Box<str>,
+    /// Wall clock at the request's first byte, microseconds since 1970.
+    #[serde(rename = "started_at")]
+    pub started_at_us: i64,
+    /// Who pays; empty when the request never said so.
+    pub team_id: Box<str>,
+    /// Optional second level of attribution, else empty.
+    pub project: Box<str>,
+    /// Optional third level of attribution, else empty.
+    pub user_id: Box<str>,
+    /// The model, as the response names it, else as the request does.
+    pub model: Box<str>,
+    /// The upstream that served it.
+    pub upstream: Box<str>,
+    /// The route's name.
+    pub endpoint: &'static str,
+    /// `priority` of the request.
+    pub priority: i64,
+    /// Whether the response was a stream of events.
+    pub stream: bool,
+    /// Which path saw it: `proxy` or `tap`.
+    pub capture: &'static str,
+    /// Status code that the client got; 0 when it got none.
+    pub status_code: u16,
+    /// How it ended.
+    #[serde(serialize_with = "name_of_outcome")]
+    pub outcome: Outcome,
+    /// Why generation ended.
+    pub finish_reason: Box<str>,
+    /// Billed prompt tokens, cached ones included.
+    pub prompt_tokens: Option<u64>,
+    /// Those out of the prefix cache.
+    pub cached_tokens: Option<u64>,
+    /// Billed completion tokens.
+    pub completion_tokens: Option<u64>,
+    /// Those that were reasoning.
+    pub reasoning_tokens: Option<u64>,
+    /// Prompt tokens as the engine counts them.
+    pub engine_prompt_tokens: Option<u64>,
+    /// Completion tokens as the engine counts them.
+    pub engine_completion_tokens: Option<u64>,
+    /// Where the counts come from.
+    #[serde(serialize_with = "name_of_usage_source")]
+    pub usage_source: UsageSource,
+    /// Start to the first chunk with generated content.
+    pub ttft_us: Option<u64>,
+    /// Start to end.
+    pub duration_us: u64,
+    /// Time in vLLM's queue, when vLLM says so.
+    pub queue_us: Option<u64>,
+    /// Mean gap between chunks with generated content.
+    pub itl_mean_us: Option<u64>,
+    /// Longest such gap.
+    pub itl_max_us: Option<u64>,
+    /// Chunks with generated content.
+    pub chunks: u64,
+    /// Payload of the request.
+    pub request_bytes: u64,
+    /// Payload of the response.
+    pub response_bytes: u64,
+    /// Time that the gateway itself added.
+    pub gateway_overhead_us: Option<u64>,
+    /// `X-Request-Id`.
+    pub request_id: Box<str>,
+    /// Trace id.
+    pub trace_id: Box<str>,
+    /// Type of the error, if any.
+    pub error_type: Box<str>,
+    /// Which gateway wrote it.
+    pub gateway_id: Box<str>,
+    /// The gaps in full, for the histogram of inter-token latency; not stored.
+    #[serde(skip)]
+    pub gaps: crate::wire::exchange::Gaps,
+}
+
+impl RequestEvent {
+    /// Joins what the bytes told with what the gateway knows.
+    pub fn new(context: Context, facts: Facts, capture: &'static str) -> RequestEvent {
+        let owned = |text: Option<Box<str>>| text.unwrap_or_default();
+        let gaps = facts.gaps;
+        let error_type = context.error_type.map(Box::from).or(facts.error_type);
+        RequestEvent {
+            event_id: context.event_id,
+            started_at_us: context.started_at_us,
+            team_id: owned(context.team),
+            project: owned(context.project),
+            user_id: owned(context.user),
+            model: owned(facts.model),
+            upstream: owned(context.upstream),
+            endpoint: facts.endpoint.name(),
+            priority: facts.asked.priority.unwrap_or(0),
+            stream: facts.streamed,
+            capture,
+            status_code: context.status.or(facts.status).unwrap_or(0),
+            outcome: facts.outcome,
+            finish_reason: owned(facts.finish_reason),
+            prompt_tokens: facts.tokens.prompt,
+            cached_tokens: facts.tokens.cached,
+            completion_tokens: facts.tokens.completion,
+            reasoning_tokens: facts.tokens.reasoning,
+            engine_prompt_tokens: facts.tokens.engine_prompt,
+            engine_completion_tokens: facts.tokens.engine_completion,
+            usage_source: facts.usage_source,
+            ttft_us: facts.ttft_us,
+            duration_us: facts.ended.micros_since(facts.started),
+            queue_us: facts.queue_us,
+            itl_mean_us: gaps.sum_us.checked_div(gaps.count),
+            itl_max_us: (gaps.count > 0).then_some(gaps.max_us),
+            chunks: facts.chunks,
+            request_bytes: facts.request_bytes,
+            response_bytes: facts.response_bytes,
+            gateway_overhead_us: context.gateway_overhead_us,
+            request_id: context.request_id,
+            trace_id: owned(context.trace_id),
+            error_type: owned(error_type),
+            gateway_id: context.gateway_id,
+            gaps,
+        }
+    }
+}
+
+/// Where ended requests go. Called once for each, on the request's own task: it must neither block nor fail.
+pub trait EventSink: Send + Sync {
+    /// Takes note of a request that has ended.
+    fn record(&self, event: &RequestEvent);
+}
+
+impl Outcome {
+    /// The name in metrics and rows.
+    pub fn name(self) -> &'static str {
+        match self {
+            Outcome::Completed => "completed",
+            Outcome::ClientError => "client_error",
+            Outcome::ServerError => "server_error",
+            Outcome::Aborted => "aborted",
+            Outcome::Truncated => "truncated",
+            Outcome::Unreachable => "unreachable",
+            Outcome::TimedOut => "timed_out",
+            Outcome::Refused => "refused",
+            Outcome::Incomplete => "incomplete",
+        }
+    }
+}
+
+impl UsageSource {
+    /// The name in rows.
+    pub fn name(self) -> &'static str {
+        match self {
+            UsageSource::Reported => "reported",
+            UsageSource::Continuous => "continuous",
+            UsageSource::Counted => "counted",
+            UsageSource::None => "none",
+        }
+    }
+}
+
+fn name_of_outcome<S: Serializer>(outcome: &Outcome, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(outcome.name())
+}
+
+fn name_of_usage_source<S: Serializer>(source: &UsageSource, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(source.name())
+}
