@@ -1,0 +1,448 @@
+//! The shape of the config and its defaults: one struct a section, one field a key of `config.yaml`.
+//!
+//! Every default is right for one gateway before one vLLM on the same machine, and safe elsewhere. The structs hold
+//! validated values only when they come from [`Config::load`](super::Config::load).
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use serde::Serialize;
+
+use super::{
+    units::{ByteSize, serialize_duration},
+    values::{HeaderName, Name, Secret, StoreUrl, UpstreamUrl},
+};
+
+/// Everything that can be configured.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Config {
+    /// The gateway as a server and as a process.
+    pub gateway: GatewayConfig,
+    /// Where requests are seen. Default `auto`.
+    pub capture: Capture,
+    /// The address for operators.
+    pub admin: AdminConfig,
+    /// Who a request is for.
+    pub identity: IdentityConfig,
+    /// The servers that requests go to; never empty. Default: `chat` on port 8000 and `embeddings` on port 8001.
+    pub upstreams: Vec<UpstreamConfig>,
+    /// Limits and timeouts of the data path.
+    pub proxy: ProxyConfig,
+    /// How token counts are asked for.
+    pub usage: UsageConfig,
+    /// What Prometheus sees.
+    pub metrics: MetricsConfig,
+    /// What is read from vLLM itself.
+    pub vllm: VllmConfig,
+    /// Where events are stored.
+    pub store: StoreConfig,
+    /// Where events wait until they are stored.
+    pub spool: SpoolConfig,
+    /// The gateway's own log.
+    pub log: LogConfig,
+}
+
+/// Section `gateway`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct GatewayConfig {
+    /// Address for clients. Default `0.0.0.0:8080`: they are on other machines, and in a container a gateway that
+    /// listens on loopback cannot be reached.
+    pub listen: SocketAddr,
+    /// Threads that serve clients; 0 (default) is one a core.
+    pub workers: u32,
+    /// How those threads share the work. Default `shared`.
+    pub runtime: RuntimeKind,
+    /// Name of this gateway in events and request ids; two gateways need two names. Default: the host name, see
+    /// [`GatewayConfig::id_or_host_name`].
+    pub id: Option<Name>,
+    /// Key of the gateway request id's MAC, at least [`GatewayConfig::SECRET_BYTES_MIN`] long. Gateways that share one
+    /// recognise each other's ids. Default: random at each start.
+    pub secret: Option<Secret>,
+    /// How long running requests may take to end after SIGTERM. Default 30 s, as in Kubernetes.
+    #[serde(serialize_with = "serialize_duration")]
+    pub drain_timeout: Duration,
+}
+
+/// Section `admin`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct AdminConfig {
+    /// Address of `/metrics`, `/health`, `/ready` and the console. Default `127.0.0.1:9464`: it shows every team's
+    /// figures and asks for no password, so that it is opened to a network only on purpose.
+    pub listen: SocketAddr,
+}
+
+/// Section `identity`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct IdentityConfig {
+    /// Header that names the team; a request without it is refused. Default `X-Team-ID`.
+    pub team_header: HeaderName,
+    /// Header that names the project, optional in a request. Default `X-Project`.
+    pub project_header: HeaderName,
+    /// Header that names the user, optional in a request. Default `X-User-ID`.
+    pub user_header: HeaderName,
+    /// Whether what a client says of itself is believed. Default true; false is refused until there are keys or tokens.
+    pub trust_headers: bool,
+    /// Whether the upstream gets to see the three headers. Default false.
+    pub forward_headers: bool,
+}
+
+/// One entry of `upstreams`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct UpstreamConfig {
+    /// Its name in metrics and events, unique.
+    pub name: Name,
+    /// Its address.
+    pub url: UpstreamUrl,
+    /// Which requests it can answer.
+    pub serves: Serves,
+    /// The models it serves, as requests name them; empty (default): any.
+    pub models: Vec<String>,
+    /// Path whose answer 200 means that it is up. Default `/health`.
+    pub health_path: String,
+    /// Most connections to it at a time; 0 (default): no cap of its own.
+    pub max_connections: u32,
+}
+
+/// Section `proxy`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProxyConfig {
+    /// Request bodies up to this size are held until whole and routed by their model. Default 4 MiB.
+    pub inspect_max: ByteSize,
+    /// What becomes of a request whose body cannot be inspected. Default `pass`.
+    pub on_uninspectable: OnUninspectable,
+    /// Larger request bodies are refused. Default 1 GiB, for audio.
+    pub max_body: ByteSize,
+    /// Larger request or response heads are refused. Default 64 KiB.
+    pub max_head: ByteSize,
+    /// How long a client may take to send a head once it has begun. Default 10 s.
+    #[serde(serialize_with = "serialize_duration")]
+    pub head_timeout: Duration,
+    /// How long a client's connection may stay idle between requests. Default 75 s.
+    #[serde(serialize_with = "serialize_duration")]
+    pub idle_timeout: Duration,
+    /// How long connecting to an upstream may take. Default 2 s.
+    #[serde(serialize_with = "serialize_duration")]
+    pub connect_timeout: Duration,
+    /// How long an upstream may take until its response begins. Default 10 min: an unstreamed response begins only when
+    /// the generation has ended.
+    #[serde(serialize_with = "serialize_duration")]
+    pub response_head_timeout: Duration,
+    /// How long an upstream may be silent within a response. Default 5 min.
+    #[serde(serialize_with = "serialize_duration")]
+    pub stream_idle_timeout: Duration,
+    /// How long a client may take none of the bytes that wait for it. Default 60 s.
+    #[serde(serialize_with = "serialize_duration")]
+    pub client_write_timeout: Duration,
+    /// Idle connections to an upstream are dropped after this. Default 4 s, since vLLM closes them at 5 s and a request
+    /// sent in that moment would be lost.
+    #[serde(serialize_with = "serialize_duration")]
+    pub upstream_idle: Duration,
+    /// How long the upstream is still read after its client has gone, to learn what the request had used. Default 200 ms.
+    #[serde(serialize_with = "serialize_duration")]
+    pub abort_drain: Duration,
+    /// Most client connections at a time; more wait in the kernel's queue. Default 20 000.
+    pub max_connections: u32,
+    /// Whether clients reach vLLM's administration routes, such as `/v1/load_lora_adapter`. Default false.
+    pub allow_admin_routes: bool,
+    /// Time between two health checks of an upstream. Default 2 s.
+    #[serde(serialize_with = "serialize_duration")]
+    pub health_interval: Duration,
+}
+
+/// Section `usage`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct UsageConfig {
+    /// What the gateway asks vLLM to report on streams. Default `auto`.
+    pub inject: Inject,
+}
+
+/// Section `metrics`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct MetricsConfig {
+    /// Teams with metric series of their own; the others share `__other__`. Default 1000. Events keep every team.
+    pub max_teams: u32,
+    /// Length of a window, and time between two writes of it. Default 15 s.
+    #[serde(serialize_with = "serialize_duration")]
+    pub emit_interval: Duration,
+}
+
+/// Section `vllm`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct VllmConfig {
+    /// Time between two reads of each upstream's `/metrics`. Default 15 s.
+    #[serde(serialize_with = "serialize_duration")]
+    pub scrape_interval: Duration,
+}
+
+/// Section `store`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StoreConfig {
+    /// Which ClickHouse. Default `embedded`.
+    pub url: StoreUrl,
+    /// Its database. Default `vllm_attribution`.
+    pub database: String,
+    /// Its user; default: none, and the server's own default user.
+    pub username: Option<String>,
+    /// That user's password; default: none.
+    pub password: Option<Secret>,
+}
+
+/// Section `spool`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SpoolConfig {
+    /// Directory, made if it is missing. It must outlive a restart: in a container, a volume. Default `./spool`.
+    pub dir: PathBuf,
+}
+
+/// Section `log`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LogConfig {
+    /// What is logged: `error`, `warn`, `info` (default), `debug`, `trace`.
+    pub level: LogLevel,
+    /// How it is written. Default `text`.
+    pub format: LogFormat,
+}
+
+/// Declares an enum whose variants have one spelling in the config, shared by parser, printer and error message.
+macro_rules! keywords {
+    ($(#[$meta:meta])* $name:ident { $($(#[$variant_meta:meta])* $variant:ident = $word:literal),+ $(,)? }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$variant_meta])* $variant),+ }
+
+        impl $name {
+            /// The words that the config may say here.
+            pub const WORDS: &'static [&'static str] = &[$($word),+];
+
+            /// The word for this value.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word),+ }
+            }
+
+            pub(super) fn from_word(word: &str) -> Option<Self> {
+                match word { $($word => Some(Self::$variant),)+ _ => None }
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(self.as_str())
+            }
+        }
+    };
+}
+
+keywords! {
+    /// Where requests are seen.
+    Capture {
+        /// The proxy, and the kernel probe too where it loads.
+        Auto = "auto",
+        /// The proxy alone.
+        Proxy = "proxy",
+        /// The proxy for identity, the kernel for timing.
+        ProxyAndTap = "proxy+tap",
+        /// The kernel probe alone.
+        Tap = "tap",
+    }
+}
+
+keywords! {
+    /// How the worker threads share connections.
+    RuntimeKind {
+        /// One scheduler moves work between the threads.
+        Shared = "shared",
+        /// Each thread has a listener and a scheduler of its own, and keeps what it accepted.
+        PerCore = "per_core",
+    }
+}
+
+keywords! {
+    /// The kind of request an upstream answers.
+    Serves {
+        /// Text generation: chat, completions, responses, messages, audio.
+        Generate = "generate",
+        /// Embeddings and the other pooling endpoints.
+        Embeddings = "embeddings",
+    }
+}
+
+keywords! {
+    /// What becomes of a request whose body is too large, compressed or otherwise unreadable to the gateway.
+    OnUninspectable {
+        /// It goes to the endpoint's default upstream as it is, and is counted.
+        Pass = "pass",
+        /// It is refused.
+        Reject = "reject",
+    }
+}
+
+keywords! {
+    /// What the gateway asks vLLM to report on streams. What the client did not ask for, it does not see.
+    Inject {
+        /// `continuous`, and `final` for models where continuous reports are slow.
+        Auto = "auto",
+        /// Usage on each chunk, so that an aborted stream is exact to one engine step.
+        Continuous = "continuous",
+        /// Usage at the end: nothing is known of an aborted stream but its chunks.
+        Final = "final",
+        /// Nothing.
+        Off = "off",
+    }
+}
+
+keywords! {
+    /// How much is logged.
+    LogLevel {
+        /// What needs somebody's attention.
+        Error = "error",
+        /// And what may soon.
+        Warn = "warn",
+        /// And what the gateway does as a whole.
+        Info = "info",
+        /// And what it does for each request.
+        Debug = "debug",
+        /// And each step of that.
+        Trace = "trace",
+    }
+}
+
+keywords! {
+    /// How log lines are written.
+    LogFormat {
+        /// For people.
+        Text = "text",
+        /// One JSON object a line.
+        Json = "json",
+    }
+}
+
+impl GatewayConfig {
+    /// Shortest key of the request id's MAC: 128 bits if it is random bytes in hex or better.
+    pub const SECRET_BYTES_MIN: usize = 16;
+
+    /// The configured name, else the host name, else `gateway`.
+    pub fn id_or_host_name(&self) -> Name {
+        self.id.clone().unwrap_or_else(super::host_name)
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            gateway: GatewayConfig::default(),
+            capture: Capture::Auto,
+            admin: AdminConfig::default(),
+            identity: IdentityConfig::default(),
+            upstreams: vec![
+                UpstreamConfig::local("chat", 8000, Serves::Generate),
+                UpstreamConfig::local("embeddings", 8001, Serves::Embeddings),
+            ],
+            proxy: ProxyConfig::default(),
+            usage: UsageConfig { inject: Inject::Auto },
+            metrics: MetricsConfig {
+                max_teams: 1000,
+                emit_interval: Duration::from_secs(15),
+            },
+            vllm: VllmConfig {
+                scrape_interval: Duration::from_secs(15),
+            },
+            store: StoreConfig::default(),
+            spool: SpoolConfig {
+                dir: PathBuf::from("./spool"),
+            },
+            log: LogConfig {
+                level: LogLevel::Info,
+                format: LogFormat::Text,
+            },
+        }
+    }
+}
+
+impl Default for GatewayConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)),
+            workers: 0,
+            runtime: RuntimeKind::Shared,
+            id: None,
+            secret: None,
+            drain_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 9464)),
+        }
+    }
+}
+
+impl Default for IdentityConfig {
+    fn default() -> Self {
+        Self {
+            team_header: HeaderName::from_static("X-Team-ID"),
+            project_header: HeaderName::from_static("X-Project"),
+            user_header: HeaderName::from_static("X-User-ID"),
+            trust_headers: true,
+            forward_headers: false,
+        }
+    }
+}
+
+impl UpstreamConfig {
+    /// An upstream on this machine with every other setting at its default.
+    pub(super) fn local(name: &'static str, port: u16, serves: Serves) -> Self {
+        Self {
+            name: Name::from_static(name),
+            url: UpstreamUrl::local(port),
+            serves,
+            models: Vec::new(),
+            health_path: "/health".to_owned(),
+            max_connections: 0,
+        }
+    }
+}
+
+impl Default for ProxyConfig {
+    fn default() -> Self {
+        Self {
+            inspect_max: ByteSize::from_mib(4),
+            on_uninspectable: OnUninspectable::Pass,
+            max_body: ByteSize::from_mib(1024),
+            max_head: ByteSize::from_kib(64),
+            head_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(75),
+            connect_timeout: Duration::from_secs(2),
+            response_head_timeout: Duration::from_secs(10 * 60),
+            stream_idle_timeout: Duration::from_secs(5 * 60),
+            client_write_timeout: Duration::from_secs(60),
+            upstream_idle: Duration::from_secs(4),
+            abort_drain: Duration::from_millis(200),
+            max_connections: 20_000,
+            allow_admin_routes: false,
+            health_interval: Duration::from_secs(2),
+        }
+    }
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self {
+            url: StoreUrl::Embedded,
+            database: "vllm_attribution".to_owned(),
+            username: None,
+            password: None,
+        }
+    }
+}
