@@ -1,0 +1,109 @@
+//! Ids of requests: unique for ever, and such that only a gateway can make them.
+//!
+//! An id is `gateway-boot-sequence`; on its way to the upstream it carries a MAC as a fourth part, so that a kernel tap can tell
+//! the requests of a gateway from those that only claim to be. A client's own `X-Gateway-Request-Id` is overwritten.
+
+use hmac::{Hmac, KeyInit, Mac};
+use rand::RngCore;
+use sha2::Sha256;
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Bytes of the MAC that are sent: 64 bits, far more than a forger can try within the life of a request.
+const MAC_BYTES: usize = 8;
+
+/// Makes request ids.
+pub struct RequestIds {
+    gateway_id: Box<str>,
+    /// Seconds since 1970 at the start, so that sequence numbers of two runs of one gateway never meet.
+    boot: u64,
+    next: AtomicU64,
+    key: Hmac<Sha256>,
+}
+
+impl RequestIds {
+    /// A maker for the gateway called `gateway_id`. `secret` is shared by all gateways of a cluster; without it the key is random.
+    pub fn new(gateway_id: &str, secret: Option<&[u8]>) -> RequestIds {
+        let mut random = [0; 32];
+        rand::rng().fill_bytes(&mut random);
+        let boot = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        RequestIds {
+            gateway_id: gateway_id.into(),
+            boot: u64::try_from(boot).unwrap_or(u64::MAX),
+            next: AtomicU64::new(1),
+            key: keyed(secret.unwrap_or(&random)),
+        }
+    }
+
+    /// Which gateway this is.
+    pub fn gateway_id(&self) -> &str {
+        &self.gateway_id
+    }
+
+    /// The next id.
+    pub fn next(&self) -> Box<str> {
+        let sequence = self.next.fetch_add(1, Ordering::Relaxed);
+        format!("{}-{:x}-{sequence:x}", self.gateway_id, self.boot).into()
+    }
+
+    /// The value of `X-Gateway-Request-Id` for `id`.
+    pub fn signed(&self, id: &str) -> String {
+        let mut signed = String::with_capacity(id.len() + 1 + 2 * MAC_BYTES);
+        signed.push_str(id);
+        signed.push('.');
+        for byte in self.mac(id) {
+            // Writing to a string cannot fail.
+            let _ = write!(signed, "{byte:02x}");
+        }
+        signed
+    }
+
+    /// The id inside a signed value, if a holder of the same secret made it.
+    pub fn verified<'v>(&self, value: &'v str) -> Option<&'v str> {
+        let (id, _) = value.rsplit_once('.')?;
+        // Not constant-time: an id buys no access, it only joins two views of one request.
+        (self.signed(id) == value).then_some(id)
+    }
+
+    fn mac(&self, id: &str) -> [u8; MAC_BYTES] {
+        let mut mac = self.key.clone();
+        mac.update(id.as_bytes());
+        let whole = mac.finalize().into_bytes();
+        std::array::from_fn(|at| whole[at])
+    }
+}
+
+fn keyed(secret: &[u8]) -> Hmac<Sha256> {
+    // HMAC takes keys of any length, so the error cannot occur; an empty key would only make ids forgeable.
+    Hmac::new_from_slice(secret).unwrap_or_else(|_| Hmac::new(&Default::default()))
+}
+
+/// 16 random bytes in hexadecimal: an `X-Request-Id` for a client that sent none, or a trace id.
+pub fn random_hex(bytes: usize) -> String {
+    let mut random = vec![0; bytes];
+    rand::rng().fill_bytes(&mut random);
+    random.iter().fold(String::with_capacity(2 * bytes), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_holder_of_the_secret_makes_valid_ids() {
+        let ours = RequestIds::new("gw-1", Some(b"a shared secret of the cluster"));
+        let sibling = RequestIds::new("gw-2", Some(b"a shared secret of the cluster"));
+        let stranger = RequestIds::new("gw-1", None);
+        let id = ours.next();
+        let signed = ours.signed(&id);
+        assert_eq!(sibling.verified(&signed), Some(&*id));
+        assert_eq!(stranger.verified(&signed), None);
+        assert_eq!(ours.verified(&id), None, "an id without its MAC");
+        assert_eq!(ours.verified(&signed.replace("gw-1", "gw-9")), None);
+        assert_ne!(ours.next(), id);
+    }
+}

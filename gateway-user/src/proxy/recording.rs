@@ -1,0 +1,175 @@
+//! One event for one request, whatever happens to it.
+//!
+//! A [`Recording`] begins with the request and is ended exactly once: by whoever knows how the request ended, or, when its task is
+//! taken down in the middle, by being dropped.
+
+use super::Shared;
+use super::ids::random_hex;
+use super::refusal::Refusal;
+use super::trace::Trace;
+use crate::event::{Context, EventSink, RequestEvent};
+use crate::identity::Identity;
+use crate::metrics::InflightGuard;
+use crate::wire::{At, Piece};
+use crate::wire::exchange::{Ending, Exchange, Facts};
+use crate::wire::head::RequestHead;
+use std::sync::Arc;
+
+/// Longest `X-Request-Id` that is taken over from a client: it becomes part of vLLM's ids, log lines and rows.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// How events of the proxy name the path that saw them.
+const CAPTURE: &str = "proxy";
+
+/// A request on its way, from its first byte to its event.
+pub struct Recording {
+    shared: Arc<Shared>,
+    /// `None` once the event is out.
+    live: Option<Live>,
+    inflight: Option<InflightGuard>,
+    /// The trace that goes on to the upstream.
+    pub trace: Trace,
+}
+
+struct Live {
+    exchange: Exchange,
+    context: Context,
+}
+
+impl Recording {
+    /// The recording of the request with this head, whose first byte came at `at`.
+    pub fn begin(shared: &Arc<Shared>, at: At, head: &RequestHead) -> Recording {
+        let fields = head.fields();
+        let trace = Trace::child_of(fields.get("traceparent"));
+        let mut context = new_context(shared, at);
+        context.trace_id = Some(trace.trace_id.clone());
+        if let Some(id) = fields.get("x-request-id").and_then(acceptable_id) {
+            context.request_id = id.into();
+        }
+        let exchange = Exchange::begin(at, head);
+        Recording { shared: Arc::clone(shared), live: Some(Live { exchange, context }), inflight: None, trace }
+    }
+
+    /// Records bytes that were no request.
+    pub fn unreadable(shared: &Shared, at: At, refusal: &Refusal) -> Box<str> {
+        let mut context = new_context(shared, at);
+        context.status = Some(refusal.status().0);
+        context.error_type = Some(refusal.reason());
+        let request_id = context.request_id.clone();
+        shared.metrics.refused(refusal.reason());
+        let facts = Facts::unread(at, shared.clock.now(), refusal.ending());
+        shared.record(&RequestEvent::new(context, facts, CAPTURE));
+        request_id
+    }
+
+    /// Takes note of who the request is for.
+    pub fn identified(&mut self, identity: &Identity) {
+        self.inflight = Some(self.shared.metrics.inflight(identity.team.as_str()));
+        if let Some(live) = &mut self.live {
+            live.context.team = Some(identity.team.as_str().into());
+            live.context.project = identity.project.as_ref().map(|project| project.as_str().into());
+            live.context.user = identity.user.as_ref().map(|user| user.as_str().into());
+        }
+    }
+
+    /// Takes note of the upstream that is tried.
+    pub fn sent_to(&mut self, upstream: &str) {
+        if let Some(live) = &mut self.live {
+            live.context.upstream = Some(upstream.into());
+        }
+    }
+
+    /// Takes note of the gateway's own share of the time so far: from the request's last byte to the first one sent on.
+    pub fn forwarded(&mut self, received: At) {
+        let overhead_us = self.shared.clock.now().micros_since(received);
+        if let Some(live) = &mut self.live {
+            live.context.gateway_overhead_us.get_or_insert(overhead_us);
+        }
+    }
+
+    /// The observer; `None` once the event is out.
+    pub fn exchange(&mut self) -> Option<&mut Exchange> {
+        self.live.as_mut().map(|live| &mut live.exchange)
+    }
+
+    /// The event's id.
+    pub fn event_id(&self) -> &str {
+        self.live.as_ref().map_or("", |live| &live.context.event_id)
+    }
+
+    /// `X-Request-Id` of this request.
+    pub fn request_id(&self) -> &str {
+        self.live.as_ref().map_or("", |live| &live.context.request_id)
+    }
+
+    /// Ends it with what the gateway itself answers.
+    pub fn refuse(&mut self, refusal: &Refusal) {
+        self.shared.metrics.refused(refusal.reason());
+        if let Some(live) = &mut self.live {
+            live.context.status = Some(refusal.status().0);
+            live.context.error_type = Some(refusal.reason());
+        }
+        self.end(refusal.ending());
+    }
+
+    /// Ends it with an error that cut the response short.
+    pub fn broke(&mut self, ending: Ending, reason: &'static str) {
+        if let Some(live) = &mut self.live {
+            live.context.error_type = Some(reason);
+        }
+        self.end(ending);
+    }
+
+    /// Takes note of what passed through after the connection had left HTTP.
+    pub fn tunnelled(&mut self, to_upstream: u64, to_client: u64) {
+        let at = self.shared.clock.now();
+        if let Some(live) = &mut self.live {
+            live.exchange.request_body(at, Piece::Hole(to_upstream));
+            live.exchange.response_body(at, Piece::Hole(to_client));
+        }
+    }
+
+    /// Ends it now.
+    pub fn end(&mut self, ending: Ending) {
+        self.end_at(self.shared.clock.now(), ending);
+    }
+
+    /// Ends it as of `at`. Whatever comes after the first end is ignored.
+    pub fn end_at(&mut self, at: At, ending: Ending) {
+        let Some(Live { exchange, context }) = self.live.take() else { return };
+        self.inflight = None;
+        let event = RequestEvent::new(context, exchange.finish(at, ending), CAPTURE);
+        self.shared.record(&event);
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        if self.live.is_some() {
+            self.broke(Ending::UpstreamClosed, "gateway_shutdown");
+        }
+    }
+}
+
+fn new_context(shared: &Shared, at: At) -> Context {
+    Context {
+        event_id: shared.ids.next(),
+        started_at_us: shared.clock.wall_us(at),
+        gateway_id: shared.ids.gateway_id().into(),
+        team: None,
+        project: None,
+        user: None,
+        upstream: None,
+        request_id: random_hex(16).into(),
+        trace_id: None,
+        status: None,
+        error_type: None,
+        gateway_overhead_us: None,
+    }
+}
+
+/// A client's request id, if it is short and visible ASCII; otherwise it gets one of ours.
+fn acceptable_id(value: &[u8]) -> Option<&str> {
+    let good = (1..=REQUEST_ID_BYTES_MAX).contains(&value.len()) && value.iter().all(u8::is_ascii_graphic);
+    if good { std::str::from_utf8(value).ok() } else { None }
+}
