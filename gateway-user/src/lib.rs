@@ -2,4 +2,5 @@
 
 pub mod event;
 pub mod metrics;
+pub mod net;
 pub mod wire;
