@@ -2,5 +2,7 @@
 
 pub mod config;
 pub mod event;
+pub mod metrics;
+pub mod net;
 pub mod proxy;
 pub mod wire;
