@@ -116,7 +116,7 @@ async fn reachable(options: &Options) -> Result<Target> {
                 options.timeout
             )
         })?
-        .with_context(|| format!("cannot connect to {authority}: is the server up?"))?;
+        .with_context(|| format!("cannot connect to {authority} (is the server up?)"))?;
     Ok(target)
 }
 

@@ -281,3 +281,162 @@ impl Lane {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::tests::plan;
+    use crate::target::tests::target;
+    use std::collections::BTreeSet;
+    use std::net::SocketAddr;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+
+    /// No run of these tests takes as long; one that does ends with a failed assertion instead of hanging.
+    const TIMEOUT: Duration = Duration::from_secs(10);
+
+    /// A server that answers every request with `answer`, or never when it is empty, until the sender is dropped.
+    fn serve(answer: &'static [u8]) -> (SocketAddr, watch::Sender<()>) {
+        let (until, mut over) = watch::channel(());
+        let (bound, address) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            block_on(async move {
+                let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+                bound
+                    .send(listener.local_addr().expect("an address"))
+                    .expect("a test");
+                loop {
+                    tokio::select! {
+                        accepted = listener.accept() => { tokio::spawn(answer_all(accepted.expect("a client").0, answer)); }
+                        _ = over.changed() => return,
+                    }
+                }
+            })
+        });
+        (address.recv().expect("a server"), until)
+    }
+
+    async fn answer_all(mut socket: TcpStream, answer: &'static [u8]) {
+        let mut seen = Vec::new();
+        while socket.read_buf(&mut seen).await.unwrap_or(0) > 0 {
+            // Bodies end with the only `"max_tokens":1…}` of a request, and hold no other closing brace but that.
+            if seen.ends_with(b"}") {
+                seen.clear();
+                let _ = socket.write_all(answer).await;
+            }
+        }
+    }
+
+    fn run(address: SocketAddr, pace: Pace, requests: u64) -> Arc<Run> {
+        let plan = Plan {
+            endpoints: "completions".parse().expect("a mix"),
+            stream_fraction: 0.0,
+            abort_fraction: 0.0,
+            ..plan()
+        };
+        Arc::new(Run {
+            plan,
+            target: Arc::new(target(vec![address], &[])),
+            pace,
+            goal: Goal {
+                requests: Some(requests),
+                duration: Some(TIMEOUT),
+            },
+            timeout: TIMEOUT,
+            live: Live::default(),
+            next: 0.into(),
+        })
+    }
+
+    /// Runs it and returns what was counted, and the index of each record.
+    fn collect(run: Arc<Run>, threads: usize) -> (Stats, Vec<u64>) {
+        let (_stop, stopped) = watch::channel(false);
+        let (sender, mut receiver) = mpsc::channel(1000);
+        let stats = execute(run, threads, stopped, Some(sender)).expect("a run");
+        let mut indices = Vec::new();
+        while let Some(line) = receiver.blocking_recv() {
+            let record: serde_json::Value = serde_json::from_slice(&line).expect("a record");
+            assert_eq!(record["request_id"], format!("load-42-{}", record["index"]));
+            indices.push(record["index"].as_u64().expect("an index"));
+        }
+        (stats, indices)
+    }
+
+    const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}";
+
+    #[track_caller]
+    fn assert_each_once(stats: &Stats, indices: &[u64], requests: u64) {
+        let distinct: BTreeSet<_> = indices.iter().copied().collect();
+        assert!(
+            indices.len() == distinct.len() && distinct.into_iter().eq(0..requests),
+            "{indices:?}"
+        );
+        assert_eq!(
+            (stats.requests, stats.outcome(Outcome::Ok)),
+            (requests, requests),
+            "{stats:?}"
+        );
+        assert_eq!(
+            stats.by_team.iter().map(|team| team.requests).sum::<u64>(),
+            requests
+        );
+    }
+
+    #[test]
+    fn a_closed_loop_sends_each_request_once_over_its_connections() {
+        let (address, _server) = serve(ANSWER);
+        let run = run(address, Pace::Closed { concurrency: 3 }, 60);
+        let (stats, indices) = collect(run.clone(), 2);
+        assert_each_once(&stats, &indices, 60);
+        assert!(
+            stats.connects <= 3,
+            "{} connections for three workers",
+            stats.connects
+        );
+        assert_eq!(run.live.ended.load(Ordering::Relaxed), 60);
+    }
+
+    #[test]
+    fn an_open_loop_sends_each_request_once_when_it_is_due() {
+        let (address, _server) = serve(ANSWER);
+        let run = run(
+            address,
+            Pace::Open {
+                rate_per_s: 400.0,
+                max_in_flight: 4,
+            },
+            60,
+        );
+        let due = Arrivals::new(42, 400.0).nth(59).expect("an arrival").1;
+        let started = Instant::now();
+        let (stats, indices) = collect(run, 2);
+        assert_each_once(&stats, &indices, 60);
+        assert!(started.elapsed() >= due, "the last was due after {due:?}");
+        assert!(
+            stats.connects <= 4,
+            "{} connections for four slots",
+            stats.connects
+        );
+    }
+
+    #[test]
+    fn stopping_ends_both_loops_while_the_server_is_silent() {
+        let (address, _server) = serve(b"");
+        for pace in [
+            Pace::Closed { concurrency: 2 },
+            Pace::Open {
+                rate_per_s: 200.0,
+                max_in_flight: 2,
+            },
+        ] {
+            let (stop, stopped) = watch::channel(false);
+            let running = thread::spawn({
+                let run = run(address, pace, 1_000_000);
+                move || execute(run, 1, stopped, None)
+            });
+            stop.send_replace(true);
+            let stats = running.join().expect("no panic").expect("a run");
+            assert_eq!(stats.outcome(Outcome::Aborted), stats.requests, "{stats:?}");
+        }
+    }
+}
