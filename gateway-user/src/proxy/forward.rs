@@ -155,12 +155,11 @@ impl Forward<'_> {
     ) -> Result<Option<Answer>, Stop> {
         let edited = self.plan(upstream, body, model);
         let head = self.upstream_head(body, edited.as_deref());
-        let metrics = self.worker.shared.metrics.upstream(upstream.name());
         // A body that is streamed on cannot be sent twice, so it never goes to a connection that may be dead.
         let pooled = matches!(body, Body::Whole(_)).then(|| self.worker.pool.take(upstream)).flatten();
         if let Some(connection) = pooled {
             match self.attempt(connection, &head, body, edited.as_deref(), received).await {
-                Err(Failed::Stale) => metrics.retried("idle_connection_closed"),
+                Err(Failed::Stale) => upstream.metrics().retried("idle_connection_closed"),
                 other => return other.map(Some).map_err(Stop::from),
             }
         }
@@ -170,11 +169,10 @@ impl Forward<'_> {
                 answer.map(Some).map_err(Stop::from)
             }
             Err(error) => {
-                metrics.connect_failed();
+                upstream.metrics().connect_failed();
                 tracing::debug!(upstream = upstream.name(), %error, "connect failed");
                 if upstream.set_up(false) {
                     tracing::warn!(upstream = upstream.name(), url = %upstream.config().url, %error, "upstream is down");
-                    metrics.set_up(false);
                     self.worker.shared.learned.forget(upstream.name());
                 }
                 Ok(None)

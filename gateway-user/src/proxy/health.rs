@@ -21,7 +21,6 @@ const HEAD_BYTES_MAX: usize = 8 * 1024;
 
 /// Checks `upstream` until the task is ended.
 pub async fn watch(shared: Arc<Shared>, upstream: Arc<Upstream>) {
-    let gauge = shared.metrics.upstream(upstream.name());
     let mut ticks = interval(shared.config.proxy.health_interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failures = 0;
@@ -40,7 +39,6 @@ pub async fn watch(shared: Arc<Shared>, upstream: Arc<Upstream>) {
                 Ok(()) => tracing::info!(upstream = upstream.name(), "upstream is up"),
             }
         }
-        gauge.set_up(up);
     }
 }
 

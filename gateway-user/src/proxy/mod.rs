@@ -72,7 +72,7 @@ impl Shared {
         let gateway_id = config.gateway.id_or_host_name();
         Arc::new(Shared {
             identity: IdentityRules::new(&config.identity),
-            upstreams: Upstreams::new(&config),
+            upstreams: Upstreams::new(&config, &metrics),
             ids: RequestIds::new(gateway_id.as_str(), secret.as_deref()),
             clock: Clock::start(),
             learned: Learned::default(),

@@ -19,7 +19,6 @@ use tokio::net::tcp::ReadHalf;
 use tokio::time::{Instant, sleep_until, timeout};
 
 /// A response whose head is there.
-#[derive(Debug)]
 pub struct Answer {
     /// Where it comes from.
     pub connection: UpstreamConnection,

@@ -5,6 +5,7 @@
 
 use super::refusal::Refusal;
 use crate::config::{Config, Serves, UpstreamConfig};
+use crate::metrics::{InflightGuard, Metrics, UpstreamMetrics};
 use crate::wire::endpoint::{Endpoint, Purpose};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,12 +18,12 @@ use tokio::time::Instant;
 const IDLE_MAX: usize = 512;
 
 /// One server.
-#[derive(Debug)]
 pub struct Upstream {
     config: UpstreamConfig,
     index: usize,
     up: AtomicBool,
     inflight: AtomicUsize,
+    metrics: UpstreamMetrics,
 }
 
 impl Upstream {
@@ -41,8 +42,14 @@ impl Upstream {
         self.up.load(Ordering::Relaxed)
     }
 
+    /// Its metrics.
+    pub fn metrics(&self) -> &UpstreamMetrics {
+        &self.metrics
+    }
+
     /// Takes note of a check; tells whether that changed anything.
     pub fn set_up(&self, up: bool) -> bool {
+        self.metrics.set_up(up);
         self.up.swap(up, Ordering::Relaxed) != up
     }
 
@@ -60,7 +67,7 @@ impl Upstream {
         let taken = self.inflight.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| {
             (now < cap).then_some(now + 1)
         });
-        taken.ok().map(|_| Place { upstream: Arc::clone(self) })
+        taken.ok().map(|_| Place { upstream: Arc::clone(self), _counted: self.metrics.inflight() })
     }
 
     fn can_serve(&self, purpose: Purpose) -> bool {
@@ -77,9 +84,9 @@ impl Upstream {
 }
 
 /// A request's place at an upstream; given back when dropped.
-#[derive(Debug)]
 pub struct Place {
     upstream: Arc<Upstream>,
+    _counted: InflightGuard,
 }
 
 impl Place {
@@ -96,17 +103,19 @@ impl Drop for Place {
 }
 
 /// All servers, in the order of the configuration.
-#[derive(Debug)]
 pub struct Upstreams {
     all: Vec<Arc<Upstream>>,
 }
 
 impl Upstreams {
     /// Those of the configuration. They count as up until a check says otherwise, so that the first request need not wait for one.
-    pub fn new(config: &Config) -> Upstreams {
+    pub fn new(config: &Config, metrics: &Metrics) -> Upstreams {
         let all = config.upstreams.iter().enumerate().map(|(index, upstream)| {
+            upstream.models.iter().for_each(|model| metrics.reserve_model(model));
             let (up, inflight) = (AtomicBool::new(true), AtomicUsize::new(0));
-            Arc::new(Upstream { config: upstream.clone(), index, up, inflight })
+            let metrics = metrics.upstream(upstream.name.as_str());
+            metrics.set_up(true);
+            Arc::new(Upstream { config: upstream.clone(), index, up, inflight, metrics })
         });
         Upstreams { all: all.collect() }
     }
@@ -156,22 +165,21 @@ impl Upstreams {
 }
 
 /// A connection to an upstream, and whether it has served a request before.
-#[derive(Debug)]
 pub struct UpstreamConnection {
     /// The socket.
     pub stream: TcpStream,
     /// Whether it comes from the pool: the server may have closed it in the meantime.
     pub reused: bool,
+    _counted: InflightGuard,
 }
 
-#[derive(Debug)]
 struct Idle {
     stream: TcpStream,
     since: Instant,
+    _counted: InflightGuard,
 }
 
 /// Idle connections of one worker. They belong to the runtime that made them, hence a pool each.
-#[derive(Debug)]
 pub struct ConnectionPool {
     idle: Vec<Mutex<Vec<Idle>>>,
     idle_max: Duration,
@@ -194,7 +202,8 @@ impl ConnectionPool {
             let idle = self.slot(upstream).pop()?;
             let is_open = matches!(idle.stream.try_read(&mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock);
             if is_open && idle.since.elapsed() < self.idle_max {
-                return Some(UpstreamConnection { stream: idle.stream, reused: true });
+                let counted = upstream.metrics.active_connection();
+                return Some(UpstreamConnection { stream: idle.stream, reused: true, _counted: counted });
             }
         }
     }
@@ -208,14 +217,15 @@ impl ConnectionPool {
         let connecting = TcpStream::connect((url.host(), url.port()));
         let stream = tokio::time::timeout(self.connect_timeout, connecting).await??;
         stream.set_nodelay(true)?;
-        Ok(UpstreamConnection { stream, reused: false })
+        Ok(UpstreamConnection { stream, reused: false, _counted: upstream.metrics.active_connection() })
     }
 
     /// Keeps `connection` for the next request.
     pub fn put(&self, upstream: &Upstream, connection: UpstreamConnection) {
         let mut slot = self.slot(upstream);
         if slot.len() < IDLE_MAX {
-            slot.push(Idle { stream: connection.stream, since: Instant::now() });
+            let counted = upstream.metrics.idle_connection();
+            slot.push(Idle { stream: connection.stream, since: Instant::now(), _counted: counted });
         }
     }
 

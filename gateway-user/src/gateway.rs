@@ -1,0 +1,146 @@
+//! The gateway as a whole: what is bound and built before it runs, how it runs, and how it ends.
+
+use crate::admin::{AdminServer, Readiness};
+use crate::config::{Config, RuntimeKind};
+use crate::event::EventSink;
+use crate::metrics::{Limits, Metrics, MetricsError};
+use crate::net::{self, BindError};
+use crate::proxy::{Shared, Worker, accept, health};
+use std::future::Future;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{Semaphore, oneshot};
+
+/// Why a gateway could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An address cannot be listened on.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The registry of metrics is broken.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// The system gave no threads, timers or sockets.
+    #[error("the gateway's runtime could not be started: {0}")]
+    Runtime(#[from] io::Error),
+}
+
+/// A gateway whose addresses are bound, and that serves nobody yet.
+pub struct Gateway {
+    shared: Arc<Shared>,
+    listeners: Vec<TcpListener>,
+    admin: TcpListener,
+}
+
+impl Gateway {
+    /// Binds the addresses of `config`. Ended requests go to `sinks` too.
+    ///
+    /// # Errors
+    /// [`StartError`], which names the address and who holds it.
+    pub fn build(config: Config, sinks: Vec<Arc<dyn EventSink>>) -> Result<Gateway, StartError> {
+        let count = match config.gateway.runtime {
+            RuntimeKind::Shared => NonZeroUsize::MIN,
+            RuntimeKind::PerCore => workers(&config),
+        };
+        let listen = config.gateway.listen;
+        let setting = "gateway.listen or GATEWAY_LISTEN_ADDR";
+        let listeners = net::bind_listeners(listen, "gateway", setting, count)?;
+        let admin = net::bind_listener(config.admin.listen, "admin", "admin.listen or GATEWAY_ADMIN_ADDR")?;
+        let max_teams = config.metrics.max_teams as usize;
+        let metrics = Metrics::new(Limits { max_teams, ..Limits::default() })?;
+        Ok(Gateway { shared: Shared::new(config, metrics, sinks), listeners, admin })
+    }
+
+    /// Where clients connect.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub fn client_addr(&self) -> io::Result<SocketAddr> {
+        self.listeners[0].local_addr()
+    }
+
+    /// Where operators connect.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub fn admin_addr(&self) -> io::Result<SocketAddr> {
+        self.admin.local_addr()
+    }
+
+    /// The runtime that [`Gateway::run`] wants to be driven by.
+    ///
+    /// # Errors
+    /// When the system gives no threads.
+    pub fn runtime(&self) -> io::Result<Runtime> {
+        let config = &self.shared.config;
+        let threads = match config.gateway.runtime {
+            RuntimeKind::Shared => workers(config).get(),
+            // The cores belong to the workers; one thread is left for the admin server and the health checks.
+            RuntimeKind::PerCore => 1,
+        };
+        Builder::new_multi_thread().worker_threads(threads).thread_name("gateway").enable_all().build()
+    }
+
+    /// Serves until `stop` is done, then lets the requests in flight end within the configured grace. Returns how many it had to
+    /// cut off.
+    ///
+    /// # Errors
+    /// When the system gives no threads or sockets.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> Result<usize, StartError> {
+        let Gateway { shared, listeners, admin } = self;
+        let readiness = Readiness::default();
+        let admin = AdminServer::new(admin, shared.metrics.clone(), readiness.clone())?;
+        let admin = tokio::spawn(admin.serve());
+        let mut checks = tokio::task::JoinSet::new();
+        for upstream in shared.upstreams.iter() {
+            checks.spawn(health::watch(Arc::clone(&shared), Arc::clone(upstream)));
+        }
+        let serving = start_workers(&shared, listeners)?;
+        readiness.set_ready();
+        stop.await;
+        readiness.set_draining();
+        shared.phase.drain();
+        let mut cut_off = 0;
+        for worker in serving {
+            cut_off += worker.await.unwrap_or(0);
+        }
+        admin.abort();
+        Ok(cut_off)
+    }
+}
+
+/// Starts what serves each listener; each tells in the end how many requests it had to cut off.
+fn start_workers(
+    shared: &Arc<Shared>,
+    listeners: Vec<TcpListener>,
+) -> Result<Vec<oneshot::Receiver<usize>>, StartError> {
+    let permits = Arc::new(Semaphore::new(shared.config.proxy.max_connections as usize));
+    let per_core = shared.config.gateway.runtime == RuntimeKind::PerCore;
+    let start = |listener: TcpListener| -> Result<oneshot::Receiver<usize>, StartError> {
+        let (done, ended) = oneshot::channel();
+        let (worker, permits) = (Worker::new(shared), Arc::clone(&permits));
+        let serve = async move {
+            match tokio::net::TcpListener::from_std(listener) {
+                // Whoever waits for the number may have gone; then nobody wants it.
+                Ok(listener) => drop(done.send(accept::serve(worker, listener, permits).await)),
+                Err(error) => tracing::error!(%error, "a listener was lost at start"),
+            }
+        };
+        if per_core {
+            let runtime = Builder::new_current_thread().enable_all().build()?;
+            std::thread::Builder::new().name("gateway-core".into()).spawn(move || runtime.block_on(serve))?;
+        } else {
+            tokio::spawn(serve);
+        }
+        Ok(ended)
+    };
+    listeners.into_iter().map(start).collect()
+}
+
+fn workers(config: &Config) -> NonZeroUsize {
+    let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    NonZeroUsize::new(config.gateway.workers as usize).unwrap_or_else(cores)
+}
