@@ -1,7 +1,11 @@
 //! vllm-gateway: which team an LLM request was for, how long each phase took, and how many tokens it used.
 
+pub mod admin;
+pub mod cli;
 pub mod config;
 pub mod event;
+pub mod gateway;
+pub mod identity;
 pub mod metrics;
 pub mod net;
 pub mod proxy;

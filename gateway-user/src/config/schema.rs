@@ -193,6 +193,7 @@ pub struct StoreConfig {
 /// Section `spool`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SpoolConfig {
+    #[serde(serialize_with = "serialize_path")]
     /// Directory, made if it is missing. It must outlive a restart: in a container, a volume. Default `./spool`.
     pub dir: PathBuf,
 }
@@ -325,6 +326,11 @@ keywords! {
     }
 }
 
+/// serde refuses paths that are not UTF-8; no config has one, but a struct can.
+fn serialize_path<S: serde::Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
 impl GatewayConfig {
     /// Shortest key of the request id's MAC: 128 bits if it is random bytes in hex or better.
     pub const SECRET_BYTES_MIN: usize = 16;
@@ -401,16 +407,20 @@ impl Default for IdentityConfig {
 }
 
 impl UpstreamConfig {
-    /// An upstream on this machine with every other setting at its default.
-    pub(super) fn local(name: &'static str, port: u16, serves: Serves) -> Self {
+    /// An upstream with every other setting at its default.
+    pub fn new(name: Name, url: UpstreamUrl, serves: Serves) -> Self {
         Self {
-            name: Name::from_static(name),
-            url: UpstreamUrl::local(port),
+            name,
+            url,
             serves,
             models: Vec::new(),
             health_path: "/health".to_owned(),
             max_connections: 0,
         }
+    }
+
+    fn local(name: &'static str, port: u16, serves: Serves) -> Self {
+        Self::new(Name::from_static(name), UpstreamUrl::local(port), serves)
     }
 }
 

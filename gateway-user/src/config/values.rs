@@ -339,7 +339,7 @@ mod tests {
             ("http://vllm:+80", "1 to 65535"),
             ("http://vllm:65536", "1 to 65535"),
             ("http://:8000", "host"),
-            ("http://::1:8000", "1 to 65535"),
+            ("http://::1:8000", "IPv6 in brackets"),
             ("http://[vllm]:8000", "IPv6"),
             ("http://[::1]8000", "after ']'"),
             ("http://a b:8000", "host"),

@@ -1,0 +1,159 @@
+//! The command line: what can be asked of the program, and the one command that needs nothing running.
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, ConfigError, EXIT_CONFIG, Env, effective_yaml};
+
+/// The file that is read when none is named and it exists.
+pub const CONFIG_FILE: &str = "config.yaml";
+
+/// Per-team latency and cost of every LLM request on a shared vLLM cluster.
+#[derive(Debug, Parser)]
+#[command(name = "vllm-gateway", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the program can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve requests until SIGTERM or SIGINT, then let those that run come to their end.
+    Run(ConfigSource),
+    /// Say what is wrong with the config (exit code 78), or print what is in force, secrets masked.
+    CheckConfig(ConfigSource),
+}
+
+/// Where the config comes from.
+#[derive(Debug, Args)]
+pub struct ConfigSource {
+    /// The config file. Default: ./config.yaml if there is one, else built-in defaults.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+impl ConfigSource {
+    /// Reads the config, and the environment over it.
+    ///
+    /// # Errors
+    /// When it cannot be run with. A file that was named must exist.
+    pub fn load(&self, env: Env<'_>) -> Result<Config, ConfigError> {
+        Config::load(self.path(Path::new("")).as_deref(), env)
+    }
+
+    /// The file to read, if any; `directory` is where the default one is looked for, empty for the current one.
+    fn path(&self, directory: &Path) -> Option<PathBuf> {
+        let default = directory.join(CONFIG_FILE);
+        // A default file that exists but cannot be read must fail, not be passed over: hence no test for readability.
+        self.config
+            .clone()
+            .or_else(|| default.symlink_metadata().is_ok().then_some(default))
+    }
+}
+
+/// Prints the config in force to `out`, or what is wrong with it to `err`, and returns the exit code.
+///
+/// # Errors
+/// When the output cannot be written.
+pub fn check_config(
+    source: &ConfigSource,
+    env: Env<'_>,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> io::Result<u8> {
+    match source.load(env) {
+        Ok(config) => {
+            out.write_all(effective_yaml(&config).as_bytes())?;
+            Ok(0)
+        }
+        Err(error) => {
+            writeln!(err, "{error}")?;
+            Ok(EXIT_CONFIG)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    const SHIPPED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../config.yaml");
+
+    fn check(file: &str, variables: &[(&str, &str)]) -> (u8, String, String) {
+        let env = |name: &str| {
+            variables
+                .iter()
+                .find(|(known, _)| *known == name)
+                .map(|(_, value)| value.into())
+        };
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let code = check_config(
+            &ConfigSource {
+                config: Some(file.into()),
+            },
+            &env,
+            &mut out,
+            &mut err,
+        )
+        .unwrap();
+        (
+            code,
+            String::from_utf8(out).unwrap(),
+            String::from_utf8(err).unwrap(),
+        )
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+        let cli = Cli::try_parse_from(["vllm-gateway", "run", "--config", "a.yaml"]).unwrap();
+        assert!(matches!(cli.command, Command::Run(source) if source.config == Some("a.yaml".into())));
+        let cli = Cli::try_parse_from(["vllm-gateway", "check-config"]).unwrap();
+        assert!(matches!(cli.command, Command::CheckConfig(source) if source.config.is_none()));
+        assert!(Cli::try_parse_from(["vllm-gateway"]).is_err());
+    }
+
+    #[test]
+    fn a_good_config_is_printed_with_the_environment_and_without_secrets() {
+        let (code, out, err) = check(
+            SHIPPED,
+            &[("CLICKHOUSE_PASSWORD", "hunter2"), ("GATEWAY_WORKERS", "3")],
+        );
+        assert_eq!((code, err.as_str()), (0, ""));
+        assert!(
+            out.contains("workers: 3\n") && out.contains("password: '***'\n"),
+            "{out}"
+        );
+        assert!(!out.contains("hunter2"), "{out}");
+    }
+
+    #[test]
+    fn a_bad_config_exits_with_ex_config() {
+        let (code, out, err) = check(SHIPPED, &[("GATEWAY_WORKERS", "many")]);
+        assert_eq!((code, out.as_str()), (78, ""));
+        assert!(err.starts_with("environment variable GATEWAY_WORKERS: "), "{err}");
+        let (code, _, err) = check("no/such/file.yaml", &[]);
+        assert_eq!(code, 78);
+        assert!(err.contains("no/such/file.yaml"), "{err}");
+    }
+
+    #[test]
+    fn the_default_file_is_read_only_where_it_exists() {
+        let root = Path::new(SHIPPED).parent().unwrap();
+        let unnamed = ConfigSource { config: None };
+        assert_eq!(unnamed.path(root), Some(root.join(CONFIG_FILE)));
+        assert_eq!(unnamed.path(&root.join("gateway-user")), None);
+        let named = ConfigSource {
+            config: Some("other.yaml".into()),
+        };
+        assert_eq!(named.path(root), Some("other.yaml".into()));
+    }
+}

@@ -1,0 +1,599 @@
+//! Fills the typed [`Config`] from a file's tree and remembers where each value was said.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+
+use super::{
+    error::{Place, Problem, quote, suggest},
+    schema::*,
+    units::{ByteSize, parse_duration},
+    values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl},
+    yaml::{Document, Node, Scalar},
+};
+
+/// A value that one key of the file or one environment variable holds.
+pub(super) trait Setting: Sized {
+    /// What a message says was expected.
+    fn expected() -> String;
+
+    /// Reads the value from text, whether that came from the file or from the environment; the error says why not.
+    fn from_text(text: &str) -> Result<Self, String>;
+
+    /// Reads the value from the file. What YAML took for a number or a truth value is no text.
+    fn from_scalar(scalar: &Scalar) -> Result<Self, String> {
+        match scalar {
+            Scalar::Text(text) => Self::from_text(text),
+            _ => Err("if it is meant as text, put it in quotes".to_owned()),
+        }
+    }
+
+    /// Whether a message may quote the text.
+    fn may_be_shown(_text: &str) -> bool {
+        true
+    }
+}
+
+/// Where settings were said, and what is wrong with them.
+pub(super) struct Findings<'a> {
+    document: &'a Document<'a>,
+    pub(super) problems: Vec<Problem>,
+    /// By dotted path, as in `upstreams[0].url`.
+    places: BTreeMap<String, Said>,
+}
+
+enum Said {
+    InFile(Vec<usize>),
+    InEnv(&'static str),
+}
+
+impl<'a> Findings<'a> {
+    pub(super) fn new(document: &'a Document<'a>) -> Self {
+        Self {
+            document,
+            problems: Vec::new(),
+            places: BTreeMap::new(),
+        }
+    }
+
+    /// Reports what is wrong with the setting at a dotted path.
+    pub(super) fn refuse(&mut self, path: &str, message: String) {
+        let place = match self.places.get(path) {
+            Some(Said::InFile(steps)) => self.line(steps),
+            Some(Said::InEnv(variable)) => Place::Env(variable),
+            None => Place::Default,
+        };
+        self.problems.push(Problem {
+            place,
+            message: format!("`{path}`: {message}"),
+        });
+    }
+
+    /// Reads an environment variable's text into a setting, and reports what cannot be read.
+    pub(super) fn read_text<T: Setting>(
+        &mut self,
+        variable: &'static str,
+        path: &str,
+        text: &str,
+    ) -> Option<T> {
+        self.places.insert(path.to_owned(), Said::InEnv(variable));
+        match T::from_text(text) {
+            Ok(value) => Some(value),
+            Err(reason) => {
+                let found = if T::may_be_shown(text) {
+                    quote(text)
+                } else {
+                    "a value that is not shown".to_owned()
+                };
+                self.refuse(
+                    path,
+                    format!("expected {}, found {found}: {reason}", T::expected()),
+                );
+                None
+            }
+        }
+    }
+
+    fn line(&self, steps: &[usize]) -> Place {
+        Place::Line {
+            file: self.document.file().to_owned(),
+            line: self.document.line_of(steps),
+        }
+    }
+}
+
+/// Reads the whole file over the defaults.
+pub(super) fn read_file(findings: &mut Findings<'_>, config: &mut Config) {
+    let root = &findings.document.root;
+    if let Some(mut top) = Section::open(findings, String::new(), Vec::new(), root) {
+        top.section("gateway", |section| read_gateway(section, &mut config.gateway));
+        top.read("capture", &mut config.capture);
+        top.section("admin", |section| {
+            section.read("listen", &mut config.admin.listen)
+        });
+        top.section("identity", |section| read_identity(section, &mut config.identity));
+        top.sections("upstreams", &mut config.upstreams, read_upstream);
+        top.section("proxy", |section| read_proxy(section, &mut config.proxy));
+        top.section("usage", |section| {
+            section.read("inject", &mut config.usage.inject)
+        });
+        top.section("metrics", |section| {
+            section.read("max_teams", &mut config.metrics.max_teams);
+            section.read("emit_interval", &mut config.metrics.emit_interval);
+        });
+        top.section("vllm", |section| {
+            section.read("scrape_interval", &mut config.vllm.scrape_interval)
+        });
+        top.section("store", |section| {
+            section.read("url", &mut config.store.url);
+            section.read("database", &mut config.store.database);
+            section.read("username", &mut config.store.username);
+            section.read("password", &mut config.store.password);
+        });
+        top.section("spool", |section| section.read("dir", &mut config.spool.dir));
+        top.section("log", |section| {
+            section.read("level", &mut config.log.level);
+            section.read("format", &mut config.log.format);
+        });
+        top.close();
+    }
+}
+
+fn read_gateway(section: &mut Section<'_, '_>, gateway: &mut GatewayConfig) {
+    section.read("listen", &mut gateway.listen);
+    section.read("workers", &mut gateway.workers);
+    section.read("runtime", &mut gateway.runtime);
+    section.read("id", &mut gateway.id);
+    section.read("secret", &mut gateway.secret);
+    section.read("drain_timeout", &mut gateway.drain_timeout);
+}
+
+fn read_identity(section: &mut Section<'_, '_>, identity: &mut IdentityConfig) {
+    section.read("team_header", &mut identity.team_header);
+    section.read("project_header", &mut identity.project_header);
+    section.read("user_header", &mut identity.user_header);
+    section.read("trust_headers", &mut identity.trust_headers);
+    section.read("forward_headers", &mut identity.forward_headers);
+}
+
+fn read_upstream(section: &mut Section<'_, '_>) -> Option<UpstreamConfig> {
+    let mut name: Option<Name> = None;
+    let mut url: Option<UpstreamUrl> = None;
+    let mut serves: Option<Serves> = None;
+    section.read_required("name", &mut name);
+    section.read_required("url", &mut url);
+    section.read_required("serves", &mut serves);
+    let (mut models, mut health_path, mut max_connections) = (Vec::new(), None, 0);
+    section.read_list("models", &mut models);
+    section.read("health_path", &mut health_path);
+    section.read("max_connections", &mut max_connections);
+    let mut upstream = UpstreamConfig {
+        models,
+        max_connections,
+        ..UpstreamConfig::new(name?, url?, serves?)
+    };
+    if let Some(path) = health_path {
+        upstream.health_path = path;
+    }
+    Some(upstream)
+}
+
+fn read_proxy(section: &mut Section<'_, '_>, proxy: &mut ProxyConfig) {
+    section.read("inspect_max", &mut proxy.inspect_max);
+    section.read("on_uninspectable", &mut proxy.on_uninspectable);
+    section.read("max_body", &mut proxy.max_body);
+    section.read("max_head", &mut proxy.max_head);
+    section.read("head_timeout", &mut proxy.head_timeout);
+    section.read("idle_timeout", &mut proxy.idle_timeout);
+    section.read("connect_timeout", &mut proxy.connect_timeout);
+    section.read("response_head_timeout", &mut proxy.response_head_timeout);
+    section.read("stream_idle_timeout", &mut proxy.stream_idle_timeout);
+    section.read("client_write_timeout", &mut proxy.client_write_timeout);
+    section.read("upstream_idle", &mut proxy.upstream_idle);
+    section.read("abort_drain", &mut proxy.abort_drain);
+    section.read("max_connections", &mut proxy.max_connections);
+    section.read("allow_admin_routes", &mut proxy.allow_admin_routes);
+    section.read("health_interval", &mut proxy.health_interval);
+}
+
+/// One map of the file while it is read. Which keys are known is simply which were asked for.
+struct Section<'f, 'a> {
+    findings: &'f mut Findings<'a>,
+    /// Dotted path of this map, empty for the whole file.
+    path: String,
+    steps: Vec<usize>,
+    entries: &'a [(String, Node)],
+    known: Vec<&'static str>,
+}
+
+impl<'f, 'a> Section<'f, 'a> {
+    /// `None` where there is nothing to read: the section is empty, or no section at all, which is reported.
+    fn open(findings: &'f mut Findings<'a>, path: String, steps: Vec<usize>, node: &'a Node) -> Option<Self> {
+        match node {
+            Node::Map(entries) => Some(Self {
+                findings,
+                path,
+                steps,
+                entries,
+                known: Vec::new(),
+            }),
+            Node::Scalar(Scalar::Null) => None,
+            other => {
+                let named = if path.is_empty() {
+                    "the file".to_owned()
+                } else {
+                    format!("`{path}`")
+                };
+                let message = format!(
+                    "{named}: expected a section of `key: value` lines, found {}",
+                    describe(other)
+                );
+                let place = findings.line(&steps);
+                findings.problems.push(Problem { place, message });
+                None
+            }
+        }
+    }
+
+    /// Reports each key that nobody asked for and each that was said twice.
+    fn close(self) {
+        for (number, (key, _)) in self.entries.iter().enumerate() {
+            let message = if let Some(first) = self.entries[..number]
+                .iter()
+                .position(|(earlier, _)| earlier == key)
+            {
+                let first = self.findings.line(&self.steps_to(first));
+                format!(
+                    "key {} was already given at {first}: remove one",
+                    quote(&self.path_of(key))
+                )
+            } else if !self.known.contains(&key.as_str()) {
+                format!(
+                    "unknown key {}: {}",
+                    quote(&self.path_of(key)),
+                    suggest(key, &self.known)
+                )
+            } else {
+                continue;
+            };
+            let place = self.findings.line(&self.steps_to(number));
+            self.findings.problems.push(Problem { place, message });
+        }
+    }
+
+    fn section(&mut self, key: &'static str, read: impl FnOnce(&mut Section<'_, 'a>)) {
+        let Some((number, node)) = self.find(key) else {
+            return;
+        };
+        let (path, steps) = (self.path_of(key), self.steps_to(number));
+        if let Some(mut section) = Section::open(self.findings, path, steps, node) {
+            read(&mut section);
+            section.close();
+        }
+    }
+
+    /// Reads a list of sections, which takes the place of the default list.
+    fn sections<T>(
+        &mut self,
+        key: &'static str,
+        into: &mut Vec<T>,
+        mut read: impl FnMut(&mut Section<'_, 'a>) -> Option<T>,
+    ) {
+        let Some(items) = self.items(key) else { return };
+        into.clear();
+        for (path, steps, node) in items {
+            if let Some(mut section) = Section::open(self.findings, path, steps, node) {
+                into.extend(read(&mut section));
+                section.close();
+            }
+        }
+    }
+
+    /// Reads a list of plain values.
+    fn read_list<T: Setting>(&mut self, key: &'static str, into: &mut Vec<T>) {
+        let Some(items) = self.items(key) else { return };
+        into.clear();
+        for (path, steps, node) in items {
+            into.extend(self.setting(path, steps, node));
+        }
+    }
+
+    /// Reads one value. A key without a value leaves the default.
+    fn read<T: Setting>(&mut self, key: &'static str, into: &mut T) {
+        let Some((number, node)) = self.find(key) else {
+            return;
+        };
+        if *node != Node::Scalar(Scalar::Null)
+            && let Some(value) = self.setting(self.path_of(key), self.steps_to(number), node)
+        {
+            *into = value;
+        }
+    }
+
+    /// Reads one value that has no default.
+    fn read_required<T: Setting>(&mut self, key: &'static str, into: &mut Option<T>) {
+        self.read(key, into);
+        let said = self
+            .find(key)
+            .is_some_and(|(_, node)| *node != Node::Scalar(Scalar::Null));
+        if !said {
+            let place = self.findings.line(&self.steps);
+            let message = format!("`{}` is missing: expected {}", self.path_of(key), T::expected());
+            self.findings.problems.push(Problem { place, message });
+        }
+    }
+
+    fn setting<T: Setting>(&mut self, path: String, steps: Vec<usize>, node: &Node) -> Option<T> {
+        let (found, reason) = match node {
+            Node::Scalar(scalar) => match T::from_scalar(scalar) {
+                Ok(value) => {
+                    self.findings.places.insert(path, Said::InFile(steps));
+                    return Some(value);
+                }
+                Err(reason) if T::may_be_shown(&scalar.to_string()) => (quote(&scalar.to_string()), reason),
+                Err(reason) => ("a value that is not shown".to_owned(), reason),
+            },
+            other => (describe(other), "one value is needed".to_owned()),
+        };
+        self.findings.places.insert(path.clone(), Said::InFile(steps));
+        self.findings.refuse(
+            &path,
+            format!("expected {}, found {found}: {reason}", T::expected()),
+        );
+        None
+    }
+
+    /// The items of a list, each with its path and its steps. A key without a value leaves the default.
+    fn items(&mut self, key: &'static str) -> Option<Vec<(String, Vec<usize>, &'a Node)>> {
+        let (number, node) = self.find(key)?;
+        let (path, steps) = (self.path_of(key), self.steps_to(number));
+        self.findings
+            .places
+            .insert(path.clone(), Said::InFile(steps.clone()));
+        match node {
+            Node::Scalar(Scalar::Null) => None,
+            Node::List(items) => {
+                let item =
+                    |(index, node)| (format!("{path}[{index}]"), [&steps[..], &[index]].concat(), node);
+                Some(items.iter().enumerate().map(item).collect())
+            }
+            other => {
+                self.findings
+                    .refuse(&path, format!("expected a list, found {}", describe(other)));
+                None
+            }
+        }
+    }
+
+    /// The first entry of that name; a second one is reported when the section closes.
+    fn find(&mut self, key: &'static str) -> Option<(usize, &'a Node)> {
+        if !self.known.contains(&key) {
+            self.known.push(key);
+        }
+        let number = self.entries.iter().position(|(name, _)| name == key)?;
+        Some((number, &self.entries[number].1))
+    }
+
+    fn path_of(&self, key: &str) -> String {
+        if self.path.is_empty() {
+            key.to_owned()
+        } else {
+            format!("{}.{key}", self.path)
+        }
+    }
+
+    fn steps_to(&self, number: usize) -> Vec<usize> {
+        [&self.steps[..], &[number]].concat()
+    }
+}
+
+fn describe(node: &Node) -> String {
+    match node {
+        Node::Scalar(scalar) => quote(&scalar.to_string()),
+        Node::List(_) => "a list".to_owned(),
+        Node::Map(_) => "a section".to_owned(),
+    }
+}
+
+impl<T: Setting> Setting for Option<T> {
+    fn expected() -> String {
+        T::expected()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        T::from_text(text).map(Some)
+    }
+
+    fn from_scalar(scalar: &Scalar) -> Result<Self, String> {
+        T::from_scalar(scalar).map(Some)
+    }
+
+    fn may_be_shown(text: &str) -> bool {
+        T::may_be_shown(text)
+    }
+}
+
+impl Setting for bool {
+    fn expected() -> String {
+        "true or false".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| "no other word is understood".to_owned())
+    }
+
+    fn from_scalar(scalar: &Scalar) -> Result<Self, String> {
+        match scalar {
+            Scalar::Bool(value) => Ok(*value),
+            Scalar::Text(text) if text.parse::<bool>().is_ok() => Err("write it without quotes".to_owned()),
+            _ => Err("no other word is understood".to_owned()),
+        }
+    }
+}
+
+impl Setting for u32 {
+    fn expected() -> String {
+        "a whole number".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+        let value = if is_number { text.parse().ok() } else { None };
+        value.ok_or_else(|| format!("it must be from 0 to {}", u32::MAX))
+    }
+
+    fn from_scalar(scalar: &Scalar) -> Result<Self, String> {
+        match scalar {
+            Scalar::Integer(value) => Self::from_text(&value.to_string()),
+            Scalar::Text(text) if Self::from_text(text).is_ok() => Err("write it without quotes".to_owned()),
+            _ => Err(format!("it must be from 0 to {}", u32::MAX)),
+        }
+    }
+}
+
+impl Setting for Duration {
+    fn expected() -> String {
+        "a duration such as 200ms, 15s, 5m or 1h".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        parse_duration(text).map_err(|error| error.to_string())
+    }
+
+    // A bare number gets the message about units.
+    fn from_scalar(scalar: &Scalar) -> Result<Self, String> {
+        Self::from_text(&scalar.to_string())
+    }
+}
+
+impl Setting for ByteSize {
+    fn expected() -> String {
+        "a size such as 64KiB, 4MiB or 1GiB".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse()
+            .map_err(|error: super::units::UnitError| error.to_string())
+    }
+
+    // A bare number gets the message about units.
+    fn from_scalar(scalar: &Scalar) -> Result<Self, String> {
+        Self::from_text(&scalar.to_string())
+    }
+}
+
+impl Setting for SocketAddr {
+    fn expected() -> String {
+        "an IP address and a port such as 0.0.0.0:8080, or :8080 for all addresses".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        let all_addresses = text.strip_prefix(':').map(|port| format!("0.0.0.0:{port}"));
+        let address = all_addresses.as_deref().unwrap_or(text);
+        address
+            .parse()
+            .map_err(|_| "a name cannot be listened on, and the port cannot be left out".to_owned())
+    }
+}
+
+impl Setting for String {
+    fn expected() -> String {
+        "a text".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        plain_text(text).map(str::to_owned)
+    }
+}
+
+impl Setting for PathBuf {
+    fn expected() -> String {
+        "a path".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        plain_text(text).map(PathBuf::from)
+    }
+}
+
+impl Setting for Secret {
+    fn expected() -> String {
+        "a secret text".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        if text == MASK {
+            return Err("that is the mask which check-config prints, not the secret".to_owned());
+        }
+        plain_text(text).map(Secret::new)
+    }
+
+    fn may_be_shown(_text: &str) -> bool {
+        false
+    }
+}
+
+/// Implements [`Setting`] by `FromStr`, for values whose error says the reason.
+macro_rules! setting_by_from_str {
+    ($($type:ty: $expected:literal),+ $(,)?) => {
+        $(impl Setting for $type {
+            fn expected() -> String {
+                $expected.to_owned()
+            }
+
+            fn from_text(text: &str) -> Result<Self, String> {
+                text.parse().map_err(|error: super::values::ValueError| error.to_string())
+            }
+
+            // Addresses are where people put credentials.
+            fn may_be_shown(text: &str) -> bool {
+                !text.contains(['@', '?'])
+            }
+        })+
+    };
+}
+
+setting_by_from_str! {
+    UpstreamUrl: "an address such as http://127.0.0.1:8000",
+    StoreUrl: "embedded, or an address such as http://clickhouse:8123",
+    HeaderName: "the name of an HTTP header",
+    Name: "a name",
+}
+
+/// Implements [`Setting`] for the enums that are spelled as one of a few words.
+macro_rules! setting_by_word {
+    ($($type:ty),+ $(,)?) => {
+        $(impl Setting for $type {
+            fn expected() -> String {
+                format!("one of {}", <$type>::WORDS.join(", "))
+            }
+
+            fn from_text(text: &str) -> Result<Self, String> {
+                <$type>::from_word(text).ok_or_else(|| suggest(text, <$type>::WORDS))
+            }
+
+            fn from_scalar(scalar: &Scalar) -> Result<Self, String> {
+                Self::from_text(&scalar.to_string())
+            }
+        })+
+    };
+}
+
+setting_by_word!(
+    Capture,
+    RuntimeKind,
+    Serves,
+    OnUninspectable,
+    Inject,
+    LogLevel,
+    LogFormat
+);
+
+/// Text that can be a path, a header value or part of a log line.
+fn plain_text(text: &str) -> Result<&str, String> {
+    if text.is_empty() {
+        Err("it is empty: leave the key out instead".to_owned())
+    } else if text.contains(char::is_control) {
+        Err("it has a line end or another control character in it".to_owned())
+    } else {
+        Ok(text)
+    }
+}
