@@ -1,5 +1,6 @@
 //! vllm-gateway: which team an LLM request was for, how long each phase took, and how many tokens it used.
 
+pub mod admin;
 pub mod event;
 pub mod metrics;
 pub mod net;
