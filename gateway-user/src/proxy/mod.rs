@@ -1,0 +1,3 @@
+//! The thin proxy in front of vLLM.
+
+pub mod inject;
