@@ -114,8 +114,10 @@ pub(super) fn reports_reasoning(usage: &str) -> bool {
 /// A full table (1,024 pairs) learns no further pairs: their requests with several choices stay unedited, all others do not need it.
 #[derive(Debug, Default)]
 pub struct Learned {
-    upstreams: RwLock<HashMap<Box<str>, HashMap<Box<str>, Known>>>,
+    upstreams: RwLock<HashMap<Box<str>, Models>>,
 }
+
+type Models = HashMap<Box<str>, Known>;
 
 impl Learned {
     /// What is known of `model` on `upstream`.

@@ -273,3 +273,6 @@ fn apply(text: &str, mut edits: Vec<Edit>) -> Vec<u8> {
     edited.extend_from_slice(&text.as_bytes()[done..]);
     edited
 }
+
+#[cfg(test)]
+mod tests;

@@ -339,3 +339,6 @@ enum End {
     /// This is no event of one line.
     Never,
 }
+
+#[cfg(test)]
+mod tests;
