@@ -1,201 +1,375 @@
-//! The facts of one request and its response, gathered while the bytes pass.
+//! Gathers the facts of one request and its response while the bytes pass.
+//!
+//! Whoever moves the bytes reads heads and framing, and hands payload over with the time at which it came. The facts follow from the
+//! bytes alone: the cut makes no difference, except that an event's time is that of the bytes that complete it. Memory is constant;
+//! texts are looked at for being empty or not, and never kept.
+//!
+//! What a server does not say stays unknown. Where a stream breaks off before its final usage, the last usage that it carried counts
+//! ([`UsageSource::Continuous`]); where it carried none, only the number of chunks is known ([`UsageSource::Counted`]), which is no
+//! number of tokens, so the token counts stay empty.
 
-use super::endpoint::Endpoint;
+pub use super::facts::*;
+
+use super::endpoint::{Endpoint, Purpose};
 use super::head::{RequestHead, ResponseHead};
+use super::json::Scanner;
+use super::request::RequestReader;
+use super::response::{Draft, Findings, Kind, Place, UsageAt};
+use super::sse::{EventReader, Step};
+use super::usage::{Running, Spread, Usage};
 use super::{At, Piece};
 
-/// How an exchange came to its end, as told by whoever moved the bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// Request and response ended as their framing says.
-    Complete,
-    /// The client went away before the response had ended.
-    ClientGone,
-    /// The upstream ended the connection before the response had ended.
-    UpstreamClosed,
-    /// The upstream could not be reached, so it never saw the request.
-    Unreachable,
-    /// A time limit ran out.
-    TimedOut,
-    /// The gateway answered by itself.
-    Refused,
-    /// Bytes are missing, so that the rest cannot be read (tap only).
-    Unseen,
-}
-
-/// How the exchange is booked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Outcome {
-    /// Answered with success, whole.
-    Completed,
-    /// Answered with a 4xx by the upstream.
-    ClientError,
-    /// Answered with a 5xx by the upstream, or with an error in mid-stream.
-    ServerError,
-    /// The client left before the end.
-    Aborted,
-    /// The upstream broke off in mid-response.
-    Truncated,
-    /// No upstream could be reached.
-    Unreachable,
-    /// A time limit ran out.
-    TimedOut,
-    /// The gateway refused the request.
-    Refused,
-    /// Not all of it was seen.
-    Incomplete,
-}
-
-/// Where the token counts come from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum UsageSource {
-    /// The final `usage` of the response.
-    Reported,
-    /// The last per-chunk `usage` before the stream broke off.
-    Continuous,
-    /// Chunks were counted, for want of any usage: a lower bound of completion tokens, never billed as a fact.
-    Counted,
-    /// Nothing to go by.
-    #[default]
-    None,
-}
-
-/// Token counts. What a server did not say is unknown, not 0.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tokens {
-    /// Prompt tokens as billed, cached ones included.
-    pub prompt: Option<u64>,
-    /// Those of the prompt that came out of the prefix cache.
-    pub cached: Option<u64>,
-    /// Tokens generated, over all choices.
-    pub completion: Option<u64>,
-    /// Those of the completion that were reasoning.
-    pub reasoning: Option<u64>,
-    /// Prompt tokens as the engine's counters have them (once for each choice).
-    pub engine_prompt: Option<u64>,
-    /// Completion tokens as the engine's counters have them.
-    pub engine_completion: Option<u64>,
-}
-
-/// Upper bounds of the buckets of [`Gaps::buckets`], in microseconds; one more bucket holds what is above the last.
-pub const GAP_BOUNDS_US: [u64; 16] = [
-    1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 75_000, 100_000, 150_000, 200_000, 300_000, 400_000,
-    500_000, 750_000, 1_000_000, 2_500_000,
-];
-
-/// The gaps between chunks that carry generated content. Constant size, whatever the length of the stream.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Gaps {
-    /// How many gaps.
-    pub count: u64,
-    /// Their sum.
-    pub sum_us: u64,
-    /// The longest.
-    pub max_us: u64,
-    /// How many fell into each bucket of [`GAP_BOUNDS_US`] (not cumulative).
-    pub buckets: [u32; GAP_BOUNDS_US.len() + 1],
-}
-
-/// What the request asked for, as far as it was seen.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Asked {
-    /// `model`.
-    pub model: Option<Box<str>>,
-    /// `stream`.
-    pub stream: bool,
-    /// `n`, 1 when absent.
-    pub n: u32,
-    /// How many prompts (`prompt` of a completion may be a list), 1 when absent.
-    pub prompts: u32,
-    /// `priority`.
-    pub priority: Option<i64>,
-}
-
-/// Everything that is known of an exchange once it has ended.
+/// How a response's body is read.
 #[derive(Clone, Debug)]
-pub struct Facts {
-    /// First byte of the request's head.
-    pub started: At,
-    /// The end, whatever it was.
-    pub ended: At,
-    /// The route.
-    pub endpoint: Endpoint,
-    /// What the request asked for.
-    pub asked: Asked,
-    /// The model, by the response first, else by the request.
-    pub model: Option<Box<str>>,
-    /// Whether the response was a stream of events.
-    pub streamed: bool,
-    /// The response's status code; `None` when no response began.
-    pub status: Option<u16>,
-    /// How it is booked.
-    pub outcome: Outcome,
-    /// `type` (or `code`) of the error that the server sent; never its message.
-    pub error_type: Option<Box<str>>,
-    /// Why generation ended (of the last choice that did).
-    pub finish_reason: Option<Box<str>>,
-    /// Token counts.
-    pub tokens: Tokens,
-    /// Where they come from.
-    pub usage_source: UsageSource,
-    /// Start to the first chunk with generated content. Streams only.
-    pub ttft_us: Option<u64>,
-    /// Start to the end of the response's head.
-    pub response_head_us: Option<u64>,
-    /// Time in vLLM's queue, when its per-request metrics give it.
-    pub queue_us: Option<u64>,
-    /// Gaps between chunks with generated content.
-    pub gaps: Gaps,
-    /// Chunks with generated content.
-    pub chunks: u64,
-    /// Payload of the request's body.
-    pub request_bytes: u64,
-    /// Payload of the response's body.
-    pub response_bytes: u64,
+enum Body {
+    /// Not at all: nothing in it is worth knowing, or a content coding hides it.
+    Opaque,
+    /// As one document.
+    Document,
+    /// As events.
+    Events(EventReader),
+}
+
+/// What is known of tokens so far.
+#[derive(Clone, Debug, Default)]
+struct Counts {
+    /// The final usage.
+    reported: Option<Usage>,
+    /// Anthropic's usage at the start, which knows the input only.
+    start: Option<Usage>,
+    /// The last usage of each choice.
+    running: Running,
 }
 
 /// Gathers the [`Facts`] of one exchange while its bytes pass. The caller reads heads and framing and hands over payload.
 #[derive(Clone, Debug)]
 pub struct Exchange {
-    facts: Facts,
+    started: At,
+    endpoint: Endpoint,
+    request: RequestReader,
+    request_bytes: u64,
+    status: Option<u16>,
+    streamed: bool,
+    response_head_us: Option<u64>,
+    response_bytes: u64,
+    body: Body,
+    scanner: Scanner<Place>,
+    findings: Findings,
+    counts: Counts,
+    has_error: bool,
+    ttft_us: Option<u64>,
+    last_content_at: At,
+    gaps: Gaps,
+    chunks: u64,
 }
 
 impl Exchange {
     /// An exchange whose request began at `at` (the first byte of its head).
     pub fn begin(at: At, head: &RequestHead) -> Exchange {
-        let _ = (at, head);
-        todo!("observer")
+        Exchange {
+            started: at,
+            endpoint: Endpoint::classify(head.path()),
+            request: RequestReader::new(),
+            request_bytes: 0,
+            status: None,
+            streamed: false,
+            response_head_us: None,
+            response_bytes: 0,
+            body: Body::Opaque,
+            scanner: Scanner::new(),
+            findings: Findings::default(),
+            counts: Counts::default(),
+            has_error: false,
+            ttft_us: None,
+            last_content_at: at,
+            gaps: Gaps::default(),
+            chunks: 0,
+        }
     }
 
     /// Payload of the request's body.
     pub fn request_body(&mut self, at: At, piece: Piece<'_>) {
-        let _ = (at, piece);
+        let _ = at;
+        self.request_bytes = self.request_bytes.saturating_add(piece.len_bytes());
+        self.request.push(piece);
     }
 
     /// What the request asked for, as far as its body has been seen.
     pub fn asked(&self) -> &Asked {
-        &self.facts.asked
+        self.request.asked()
     }
 
     /// A head of the response; interim ones (1xx) count for nothing.
     pub fn response_head(&mut self, at: At, head: &ResponseHead) {
-        let _ = (at, head);
+        if head.is_interim() {
+            return;
+        }
+        let status = head.status();
+        self.status = Some(status);
+        self.response_head_us = Some(at.micros_since(self.started));
+        self.streamed = head.is_event_stream();
+        self.findings.is_error_body = status >= 400;
+        let tells_tokens = matches!(self.endpoint.purpose(), Purpose::Generate | Purpose::Pool);
+        let is_readable = (tells_tokens || status >= 400) && !head.is_encoded();
+        self.body = match is_readable {
+            false => Body::Opaque,
+            true if self.streamed => Body::Events(EventReader::new()),
+            true => Body::Document,
+        };
     }
 
     /// Payload of the response's body, framing removed.
     pub fn response_body(&mut self, at: At, piece: Piece<'_>) {
-        let _ = (at, piece);
+        self.response_bytes = self.response_bytes.saturating_add(piece.len_bytes());
+        match (&mut self.body, piece) {
+            (Body::Opaque, _) => {}
+            (Body::Document, Piece::Bytes(bytes)) => self.scanner.push(bytes, &mut self.findings),
+            (Body::Document, Piece::Hole(_)) => self.scanner.stop(),
+            (Body::Events(_), Piece::Bytes(bytes)) => self.events(at, bytes),
+            (Body::Events(events), Piece::Hole(_)) => {
+                events.skip_damaged();
+                self.scanner.reset();
+                self.findings.draft = Draft::default();
+                self.counts.running.lose();
+            }
+        }
+    }
+
+    fn events(&mut self, at: At, mut bytes: &[u8]) {
+        while let Body::Events(events) = &mut self.body {
+            match events.next(&mut bytes) {
+                Step::Data(run) => self.scanner.push(run, &mut self.findings),
+                Step::Event { .. } => self.end_event(at),
+                Step::More => return,
+            }
+        }
+    }
+
+    /// Takes in an event that is whole. One that is no JSON (`[DONE]`, or a broken one) says nothing.
+    fn end_event(&mut self, at: At) {
+        let is_whole = self.scanner.is_done();
+        self.scanner.reset();
+        let draft = std::mem::take(&mut self.findings.draft);
+        if !is_whole {
+            return;
+        }
+        self.has_error |= draft.has_error();
+        self.counts.event(&draft);
+        if draft.has_content() {
+            self.content(at);
+        }
+    }
+
+    fn content(&mut self, at: At) {
+        if self.chunks == 0 {
+            self.ttft_us = Some(at.micros_since(self.started));
+        } else {
+            self.gaps.add(at.micros_since(self.last_content_at));
+        }
+        self.last_content_at = at;
+        self.chunks += 1;
     }
 
     /// Whether chunks with generated content have been seen.
     pub fn has_content(&self) -> bool {
-        self.facts.chunks > 0
+        self.chunks > 0
     }
 
     /// Ends the exchange. `status` of a response that the gateway made itself is told with [`Ending::Refused`] and the like by the
     /// caller, who knows it.
-    pub fn finish(self, at: At, ending: Ending) -> Facts {
-        let _ = (at, ending);
-        self.facts
+    pub fn finish(mut self, at: At, ending: Ending) -> Facts {
+        match &self.body {
+            // A server may leave out the last blank line; in a stream that broke off, half an event is no event.
+            Body::Events(events) if ending == Ending::Complete && events.has_unfinished_event() => {
+                self.end_event(at);
+            }
+            Body::Document => {
+                self.has_error |= self.findings.draft.has_error();
+                self.counts.reported = self.findings.draft.usage().map(|(_, usage)| usage);
+            }
+            _ => {}
+        }
+        let (tokens, usage_source) = self.tokens();
+        let asked = self.request.into_asked();
+        Facts {
+            started: self.started,
+            ended: at,
+            endpoint: self.endpoint,
+            model: self.findings.model.or_else(|| asked.model.clone()),
+            asked,
+            streamed: self.streamed,
+            status: self.status,
+            outcome: Outcome::of(ending, self.status, self.has_error),
+            error_type: self.findings.error_type,
+            finish_reason: self.findings.finish_reason,
+            tokens,
+            usage_source,
+            ttft_us: self.ttft_us,
+            response_head_us: self.response_head_us,
+            queue_us: self.findings.queue_us,
+            gaps: self.gaps,
+            chunks: self.chunks,
+            request_bytes: self.request_bytes,
+            response_bytes: self.response_bytes,
+        }
+    }
+
+    fn tokens(&self) -> (Tokens, UsageSource) {
+        if self.status.is_none_or(|status| status >= 400) {
+            return (Tokens::default(), UsageSource::None);
+        }
+        if let Some(usage) = &self.counts.reported {
+            return (usage.tokens(self.choices_per_prompt()), UsageSource::Reported);
+        }
+        let running = self.counts.running.tokens(self.spread());
+        let started = self.counts.start.map(|usage| usage.tokens(Some(1)));
+        let known = [Some(running), started].into_iter().flatten();
+        match known.into_iter().find(|tokens| *tokens != Tokens::default()) {
+            Some(tokens) => (tokens, UsageSource::Continuous),
+            None if self.chunks > 0 => (Tokens::default(), UsageSource::Counted),
+            None => (Tokens::default(), UsageSource::None),
+        }
+    }
+
+    /// How many choices the engine made of each prompt. Where the request was not seen, the response tells, but for routes that
+    /// take several prompts.
+    fn choices_per_prompt(&self) -> Option<u32> {
+        let choices_seen = u32::try_from(self.findings.last_choice).ok()?.checked_add(1)?;
+        match self.endpoint {
+            Endpoint::ChatCompletions
+            | Endpoint::ChatBatch
+            | Endpoint::Completions
+            | Endpoint::Invocations
+                if self.request.knows_choices() =>
+            {
+                Some(self.request.asked().n)
+            }
+            Endpoint::ChatBatch | Endpoint::Completions | Endpoint::Invocations => {
+                (choices_seen == 1).then_some(1)
+            }
+            // `n` of the token route lies in its sampling parameters; the response says the same.
+            Endpoint::ChatCompletions | Endpoint::Generate => Some(choices_seen),
+            _ => Some(1),
+        }
+    }
+
+    /// How choices divide into prompts, unless what was seen contradicts it.
+    fn spread(&self) -> Option<Spread> {
+        let choices = self.choices_per_prompt()?;
+        let prompts = match self.endpoint {
+            Endpoint::Completions | Endpoint::Invocations => self.request.asked().prompts,
+            _ => 1,
+        };
+        let most = u64::from(choices) * u64::from(prompts);
+        (self.findings.last_choice < most).then_some(Spread { choices, prompts })
+    }
+}
+
+impl Counts {
+    fn event(&mut self, draft: &Draft) {
+        let Some((place, usage)) = draft.usage() else {
+            return;
+        };
+        match place {
+            UsageAt::Message => self.start = Some(usage.input_only()),
+            UsageAt::Response if matches!(draft.kind, Kind::ResponseEnd | Kind::ResponseFailed) => {
+                self.reported = Some(usage);
+            }
+            UsageAt::Response => self.running.set(0, usage),
+            UsageAt::Top if draft.is_summary() => self.reported = Some(usage.with_input_of(self.start)),
+            UsageAt::Top if draft.choices == 1 => self.running.set(draft.index, usage),
+            UsageAt::Top => self.running.set_unplaced(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Memory of one exchange: thousands of streams idle at once, and each holds one of these.
+    const MAX_EXCHANGE_BYTES: usize = 1_024;
+
+    const _: () = assert!(size_of::<Exchange>() <= MAX_EXCHANGE_BYTES);
+
+    const SSE_HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
+    const JSON_HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n";
+
+    fn exchange(path: &str, request: &str, head: &str) -> Exchange {
+        let text = format!("POST {path} HTTP/1.1\r\nHost: a\r\n\r\n");
+        let (parsed, _) = RequestHead::parse(text.as_bytes(), 1_024).unwrap().unwrap();
+        let mut exchange = Exchange::begin(At(0), &parsed);
+        exchange.request_body(At(0), Piece::Bytes(request.as_bytes()));
+        let (parsed, _) = ResponseHead::parse(head.as_bytes(), 1_024, "POST")
+            .unwrap()
+            .unwrap();
+        exchange.response_head(At(1_000), &parsed);
+        exchange
+    }
+
+    /// Feeds the events a microsecond apart from 10 µs on.
+    fn stream(path: &str, request: &str, events: &[&str], ending: Ending) -> Facts {
+        let mut exchange = exchange(path, request, SSE_HEAD);
+        for (event, at_us) in events.iter().zip(10..) {
+            let text = format!("data: {event}\n\n");
+            exchange.response_body(At(at_us * 1_000), Piece::Bytes(text.as_bytes()));
+        }
+        exchange.finish(At(99_000), ending)
+    }
+
+    fn document(path: &str, request: &str, body: &str) -> Facts {
+        let mut exchange = exchange(path, request, JSON_HEAD);
+        exchange.response_body(At(2_000), Piece::Bytes(body.as_bytes()));
+        exchange.finish(At(3_000), Ending::Complete)
+    }
+
+    fn chat_chunk(index: u32, delta: &str, usage: &str) -> String {
+        format!(r#"{{"model":"m","choices":[{{"index":{index},"delta":{delta}}}],"usage":{usage}}}"#)
+    }
+
+    const CHAT: &str = "/v1/chat/completions";
+
+    #[test]
+    fn only_generated_content_makes_a_first_token() {
+        for silent in [
+            r#"{"role":"assistant","content":""}"#,
+            "{}",
+            r#"{"content":null,"tool_calls":[],"reasoning":"","function_call":null}"#,
+        ] {
+            let facts = stream(CHAT, "{}", &[&chat_chunk(0, silent, "null")], Ending::Complete);
+            assert_eq!((facts.chunks, facts.ttft_us), (0, None), "{silent}");
+        }
+        for said in [
+            r#"{"content":"a"}"#,
+            r#"{"content":"\n"}"#,
+            r#"{"reasoning":"a"}"#,
+            r#"{"reasoning_content":"a"}"#,
+            r#"{"refusal":"no"}"#,
+            r#"{"content":null,"tool_calls":[{"index":0,"function":{"name":"f"}}]}"#,
+            r#"{"function_call":{"name":"f"}}"#,
+        ] {
+            let facts = stream(
+                CHAT,
+                "{}",
+                &["{}", &chat_chunk(0, said, "null")],
+                Ending::Complete,
+            );
+            assert_eq!((facts.chunks, facts.ttft_us), (1, Some(11)), "{said}");
+        }
+    }
+
+    #[test]
+    fn gaps_lie_between_chunks_with_content() {
+        let (said, silent) = (
+            chat_chunk(0, r#"{"content":"a"}"#, "null"),
+            chat_chunk(0, "{}", "null"),
+        );
+        let facts = stream(CHAT, "{}", &[&said, &silent, &said, &said], Ending::Complete);
+        assert_eq!(
+            (facts.gaps.count, facts.gaps.sum_us, facts.gaps.max_us),
+            (2, 3, 2)
+        );
+        assert_eq!(facts.usage_source, UsageSource::Counted);
+        assert_eq!(facts.tokens, Tokens::default());
     }
 }

@@ -7,12 +7,19 @@
 //! * [`head`] reads request and response heads, strictly: what two servers could read differently is an error.
 //! * [`body`] finds the payload inside a framing (content length, chunked, until close).
 //! * [`endpoint`] knows vLLM's routes and which of them cost tokens.
-//! * [`exchange`] gathers the facts of one request and its response.
+//! * [`sse`] finds the data of server-sent events, [`json`] the values that matter in a document.
+//! * [`exchange`] gathers the [`facts`] of one request and its response.
 
 pub mod body;
 pub mod endpoint;
 pub mod exchange;
+pub mod facts;
 pub mod head;
+pub mod json;
+mod request;
+mod response;
+pub mod sse;
+mod usage;
 
 /// A reading of a monotonic clock in nanoseconds. Only differences mean anything; which clock it was is the caller's affair,
 /// as long as all readings of one exchange come from the same one.
@@ -33,4 +40,14 @@ pub enum Piece<'b> {
     Bytes(&'b [u8]),
     /// So many bytes of payload passed unseen.
     Hole(u64),
+}
+
+impl Piece<'_> {
+    /// How many bytes of payload it stands for.
+    pub fn len_bytes(self) -> u64 {
+        match self {
+            Piece::Bytes(bytes) => bytes.len() as u64,
+            Piece::Hole(len) => len,
+        }
+    }
 }

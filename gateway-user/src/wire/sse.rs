@@ -1,0 +1,178 @@
+//! Server-sent events, as the HTML standard parses them (section 9.2.6), in any cut.
+//!
+//! [`EventReader`] walks over the bytes of a stream and hands out runs of `data`, without copying, then the end of each event. Lines
+//! end in LF, CRLF or CR. Comments and fields other than `data` are passed over: vLLM repeats the event's name within its data.
+
+/// What comes next in a stream of events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step<'b> {
+    /// A run of an event's data. Lines of one event are joined by `\n`, as the standard says.
+    Data(&'b [u8]),
+    /// A blank line ended an event that had data.
+    Event {
+        /// Whether the data was `[DONE]`, by which OpenAI's streams end.
+        is_done_marker: bool,
+    },
+    /// All input is consumed.
+    More,
+}
+
+const DATA_FIELD: &[u8] = b"data";
+const DONE_MARKER: &[u8] = b"[DONE]";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Line {
+    /// So many bytes of the line agree with `data`.
+    Name(u8),
+    /// After `data:`, where one space does not count.
+    Space,
+    Data,
+    /// A comment or another field.
+    Other,
+}
+
+/// Finds the data of events.
+#[derive(Clone, Debug)]
+pub struct EventReader {
+    line: Line,
+    after_cr: bool,
+    has_data: bool,
+    /// How many bytes of the data agree with the done marker; `None` once one does not.
+    marker_bytes: Option<u8>,
+    /// Bytes of this event were lost: it is passed over.
+    is_damaged: bool,
+}
+
+impl EventReader {
+    /// A reader at the start of a stream.
+    pub fn new() -> EventReader {
+        EventReader {
+            line: Line::Name(0),
+            after_cr: false,
+            has_data: false,
+            marker_bytes: Some(0),
+            is_damaged: false,
+        }
+    }
+
+    /// The next step in `input`, which is moved past what was read.
+    pub fn next<'b>(&mut self, input: &mut &'b [u8]) -> Step<'b> {
+        while let Some((byte, rest)) = input.split_first() {
+            if std::mem::take(&mut self.after_cr) && *byte == b'\n' {
+                *input = rest;
+                continue;
+            }
+            let step = match self.line {
+                Line::Data => self.data(input),
+                Line::Other => {
+                    *input = &input[line_len(input)..];
+                    self.end_line(input)
+                }
+                Line::Space => {
+                    if *byte == b' ' {
+                        *input = rest;
+                    }
+                    self.line = Line::Data;
+                    self.begin_data()
+                }
+                Line::Name(matched) => self.name(matched, *byte, input),
+            };
+            if let Some(step) = step {
+                return step;
+            }
+        }
+        Step::More
+    }
+
+    /// Takes note that bytes are missing: the event at hand is passed over, up to the next blank line.
+    pub fn skip_damaged(&mut self) {
+        self.is_damaged = true;
+        self.line = Line::Other;
+    }
+
+    /// Whether an event has begun that no blank line has ended yet, so that its data may or may not be whole.
+    pub fn has_unfinished_event(&self) -> bool {
+        self.has_data && !self.is_damaged
+    }
+
+    fn name<'b>(&mut self, matched: u8, byte: u8, input: &mut &'b [u8]) -> Option<Step<'b>> {
+        let at = usize::from(matched);
+        match byte {
+            b'\n' | b'\r' => {
+                // A line `data` without a colon is a data field too, an empty one.
+                let is_blank = at == 0;
+                let is_data = at == DATA_FIELD.len();
+                let step = if is_data { self.begin_data() } else { None };
+                if step.is_some() {
+                    self.line = Line::Data;
+                    return step;
+                }
+                self.end_of(input);
+                return if is_blank { self.end_event() } else { None };
+            }
+            b':' if at == DATA_FIELD.len() => self.line = Line::Space,
+            _ if DATA_FIELD.get(at) == Some(&byte) => self.line = Line::Name(matched + 1),
+            _ => self.line = Line::Other,
+        }
+        *input = &input[1..];
+        None
+    }
+
+    fn begin_data<'b>(&mut self) -> Option<Step<'b>> {
+        let is_further_line = std::mem::replace(&mut self.has_data, true);
+        (is_further_line && !self.is_damaged).then(|| {
+            self.marker_bytes = None;
+            Step::Data(b"\n")
+        })
+    }
+
+    fn data<'b>(&mut self, input: &mut &'b [u8]) -> Option<Step<'b>> {
+        let (run, rest) = input.split_at(line_len(input));
+        *input = rest;
+        if run.is_empty() {
+            return self.end_line(input);
+        }
+        self.match_marker(run);
+        (!self.is_damaged).then_some(Step::Data(run))
+    }
+
+    fn match_marker(&mut self, run: &[u8]) {
+        self.marker_bytes = self.marker_bytes.and_then(|matched| {
+            let expected = &DONE_MARKER[usize::from(matched)..];
+            expected.starts_with(run).then(|| matched + run.len() as u8)
+        });
+    }
+
+    /// Ends a line that was not blank, if its end has come.
+    fn end_line<'b>(&mut self, input: &mut &[u8]) -> Option<Step<'b>> {
+        if !input.is_empty() {
+            self.end_of(input);
+        }
+        None
+    }
+
+    /// Consumes the first byte of a line's end.
+    fn end_of(&mut self, input: &mut &[u8]) {
+        self.after_cr = input[0] == b'\r';
+        self.line = Line::Name(0);
+        *input = &input[1..];
+    }
+
+    fn end_event<'b>(&mut self) -> Option<Step<'b>> {
+        let is_damaged = std::mem::take(&mut self.is_damaged);
+        let has_data = std::mem::take(&mut self.has_data);
+        let marker_bytes = self.marker_bytes.replace(0);
+        let is_done_marker = marker_bytes.map(usize::from) == Some(DONE_MARKER.len());
+        (has_data && !is_damaged).then_some(Step::Event { is_done_marker })
+    }
+}
+
+impl Default for EventReader {
+    fn default() -> EventReader {
+        EventReader::new()
+    }
+}
+
+fn line_len(input: &[u8]) -> usize {
+    memchr::memchr2(b'\n', b'\r', input).unwrap_or(input.len())
+}
