@@ -1,7 +1,6 @@
 //! Whether traffic should be sent here, and why not.
 
-use std::sync::Arc;
-use tokio::sync::watch;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// How far the gateway is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,13 +16,13 @@ pub enum State {
 /// The state, shared between whoever changes it and whoever reports it.
 #[derive(Clone, Debug)]
 pub struct Readiness {
-    state: Arc<watch::Sender<State>>,
+    state: Arc<Mutex<State>>,
 }
 
 impl Default for Readiness {
     fn default() -> Readiness {
         Readiness {
-            state: Arc::new(watch::Sender::new(State::Starting("listeners are not up yet"))),
+            state: Arc::new(Mutex::new(State::Starting("listeners are not up yet"))),
         }
     }
 }
@@ -31,23 +30,15 @@ impl Default for Readiness {
 impl Readiness {
     /// Changes the state. Draining is final: what comes late from the start of a part does not make the gateway ready again.
     pub fn set(&self, next: State) {
-        self.state.send_if_modified(|state| {
-            let changes = *state != State::Draining && *state != next;
-            if changes {
-                *state = next;
-            }
-            changes
-        });
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if *state != State::Draining {
+            *state = next;
+        }
     }
 
     /// The state now.
     pub fn get(&self) -> State {
-        *self.state.borrow()
-    }
-
-    /// Tells of every change.
-    pub fn subscribe(&self) -> watch::Receiver<State> {
-        self.state.subscribe()
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

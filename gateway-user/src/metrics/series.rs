@@ -19,10 +19,12 @@ pub(super) struct SeriesCache {
     limit: usize,
 }
 
-/// By team, then model, then endpoint. The innermost has few entries, and a scan of those beats a hash.
+/// By model, then endpoint. The inner list has few entries, and a scan of those beats a hash.
+type OfTeam = HashMap<Box<str>, Vec<Arc<Series>>>;
+
 #[derive(Default)]
 struct Known {
-    by_team: HashMap<Box<str>, HashMap<Box<str>, Vec<Arc<Series>>>>,
+    by_team: HashMap<Box<str>, OfTeam>,
     count: usize,
 }
 
