@@ -1,6 +1,6 @@
 //! The gateway as a whole: what is bound and built before it runs, how it runs, and how it ends.
 
-use crate::admin::{AdminServer, Readiness};
+use crate::admin::{AdminServer, Readiness, State};
 use crate::config::{Config, RuntimeKind};
 use crate::event::EventSink;
 use crate::metrics::{Limits, Metrics, MetricsError};
@@ -12,7 +12,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, oneshot, watch};
 
 /// Why a gateway could not start.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +32,8 @@ pub enum StartError {
 pub struct Gateway {
     shared: Arc<Shared>,
     listeners: Vec<TcpListener>,
-    admin: TcpListener,
+    admin: AdminServer,
+    readiness: Readiness,
 }
 
 impl Gateway {
@@ -48,10 +49,11 @@ impl Gateway {
         let listen = config.gateway.listen;
         let setting = "gateway.listen or GATEWAY_LISTEN_ADDR";
         let listeners = net::bind_listeners(listen, "gateway", setting, count)?;
-        let admin = net::bind_listener(config.admin.listen, "admin", "admin.listen or GATEWAY_ADMIN_ADDR")?;
         let max_teams = config.metrics.max_teams as usize;
         let metrics = Metrics::new(Limits { max_teams, ..Limits::default() })?;
-        Ok(Gateway { shared: Shared::new(config, metrics, sinks), listeners, admin })
+        let readiness = Readiness::default();
+        let admin = AdminServer::bind(config.admin.listen, metrics.clone(), readiness.clone())?;
+        Ok(Gateway { shared: Shared::new(config, metrics, sinks), listeners, admin, readiness })
     }
 
     /// Where clients connect.
@@ -63,10 +65,7 @@ impl Gateway {
     }
 
     /// Where operators connect.
-    ///
-    /// # Errors
-    /// Those of the socket.
-    pub fn admin_addr(&self) -> io::Result<SocketAddr> {
+    pub fn admin_addr(&self) -> SocketAddr {
         self.admin.local_addr()
     }
 
@@ -90,24 +89,27 @@ impl Gateway {
     /// # Errors
     /// When the system gives no threads or sockets.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<usize, StartError> {
-        let Gateway { shared, listeners, admin } = self;
-        let readiness = Readiness::default();
-        let admin = AdminServer::new(admin, shared.metrics.clone(), readiness.clone())?;
-        let admin = tokio::spawn(admin.serve());
+        let Gateway { shared, listeners, admin, readiness } = self;
+        let (admin_end, admin_ended) = watch::channel(false);
+        let admin = tokio::spawn(admin.run(admin_ended));
         let mut checks = tokio::task::JoinSet::new();
         for upstream in shared.upstreams.iter() {
             checks.spawn(health::watch(Arc::clone(&shared), Arc::clone(upstream)));
         }
         let serving = start_workers(&shared, listeners)?;
-        readiness.set_ready();
+        readiness.set(State::Ready);
         stop.await;
-        readiness.set_draining();
+        readiness.set(State::Draining);
         shared.phase.drain();
         let mut cut_off = 0;
         for worker in serving {
             cut_off += worker.await.unwrap_or(0);
         }
-        admin.abort();
+        // The admin server goes last, so that `/ready` and the last counts can be read until the end.
+        admin_end.send_replace(true);
+        if let Ok(ended) = admin.await {
+            ended?;
+        }
         Ok(cut_off)
     }
 }

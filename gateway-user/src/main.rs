@@ -1,2 +1,82 @@
-//! placeholder
-fn main() {}
+//! The gateway's program: load the configuration, build, run until told to stop, drain.
+
+use anyhow::Context;
+use clap::Parser;
+use std::ffi::OsString;
+use std::io;
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
+use vllm_gateway::config::{Capture, EXIT_CONFIG, LogConfig, LogFormat};
+use vllm_gateway::gateway::Gateway;
+
+fn main() -> anyhow::Result<ExitCode> {
+    match Cli::parse().command {
+        Command::Run(source) => run(&source),
+        Command::CheckConfig(source) => {
+            let code = cli::check_config(&source, &environment, &mut io::stdout(), &mut io::stderr())?;
+            Ok(ExitCode::from(code))
+        }
+    }
+}
+
+fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
+    let config = match source.load(&environment) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("{error}");
+            return Ok(ExitCode::from(EXIT_CONFIG));
+        }
+    };
+    start_log(&config.log);
+    if matches!(config.capture, Capture::Tap | Capture::ProxyAndTap) {
+        eprintln!("capture: {} needs the kernel probe, which this build does not have; set `auto` or `proxy`", config.capture);
+        return Ok(ExitCode::from(EXIT_CONFIG));
+    }
+    let upstreams: Vec<String> =
+        config.upstreams.iter().map(|upstream| format!("{} at {}", upstream.name, upstream.url)).collect();
+    let gateway = Gateway::build(config, Vec::new())?;
+    let (clients, admin) = (gateway.client_addr()?, gateway.admin_addr());
+    gateway.runtime()?.block_on(async {
+        let stop = stop_signal()?;
+        tracing::info!(%clients, %admin, upstreams = upstreams.join(", "), "gateway is up");
+        let cut_off = gateway.run(stop).await?;
+        tracing::info!(cut_off, "gateway has drained");
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+fn environment(name: &str) -> Option<OsString> {
+    std::env::var_os(name)
+}
+
+/// Logs go to standard error; `RUST_LOG` overrides the configured level.
+fn start_log(config: &LogConfig) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(config.level.as_str()));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    match config.format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+/// Done at the first SIGTERM or SIGINT. A second one ends the process at once, for a user who will not wait.
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("draining: requests in flight may end, new connections are refused");
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            std::process::exit(130);
+        });
+    })
+}

@@ -1,10 +1,11 @@
 //! One request: from its head to its upstream, and the answer back.
 
 use super::client::Client;
-use super::inject::{self, Plan, StreamEditor};
+use super::inject::{self, Known, Plan, StreamEditor, Untouched};
 use super::receive::{Body, Receiver};
 use super::recording::Recording;
 use super::refusal::Refusal;
+use super::relay::Edit;
 use super::respond::{self, Answer};
 use super::rewrite::{self, RequestAdditions, Sent};
 use super::upstream::{Place, Upstream, UpstreamConnection};
@@ -35,7 +36,7 @@ pub async fn serve(worker: &Worker, client: &mut Client, head: RequestHead, at: 
     let recording = Recording::begin(shared, at, &head);
     let keep_alive = head.keep_alive();
     let body_unread = head.framing() != Framing::None;
-    let mut forward = Forward { worker, client, head, endpoint, recording, body_unread, plan_strip: None };
+    let mut forward = Forward { worker, client, head, endpoint, recording, body_unread, edit: Edit::None };
     match forward.run().await {
         Ok(next) => next,
         Err(Stop::Gone) => {
@@ -69,8 +70,8 @@ struct Forward<'a> {
     recording: Recording,
     /// Whether the client may still be sending this request's body.
     body_unread: bool,
-    /// What must be taken out of the response, for the upstream that was tried last.
-    plan_strip: Option<inject::Strip>,
+    /// What is done with the response's events, for the upstream that was tried last.
+    edit: Edit,
 }
 
 impl Forward<'_> {
@@ -182,7 +183,7 @@ impl Forward<'_> {
 
     /// Decides whether usage is asked for on the client's behalf; the edited body, if so.
     fn plan(&mut self, upstream: &Upstream, body: &Body, model: Option<&str>) -> Option<Vec<u8>> {
-        self.plan_strip = None;
+        self.edit = Edit::None;
         let streams = self.recording.exchange().is_some_and(|exchange| exchange.asked().stream);
         let Body::Whole(body) = body else { return None };
         if !streams || self.head.minor_version() == 0 || self.head.fields().get("content-encoding").is_some() {
@@ -193,11 +194,14 @@ impl Forward<'_> {
         match inject::plan(body, self.endpoint, shared.config.usage.inject.into(), known) {
             Plan::Edited { body, strip } => {
                 shared.metrics.injection("edited");
-                self.plan_strip = Some(strip);
+                self.edit = Edit::Strip(Box::new(StreamEditor::new(strip)));
                 Some(body)
             }
             Plan::Untouched(why) => {
                 shared.metrics.injection(why.name());
+                if why == Untouched::FingerprintUnknown {
+                    self.edit = Edit::Learn(Known::default());
+                }
                 None
             }
         }
@@ -248,13 +252,14 @@ impl Forward<'_> {
 
     async fn respond(&mut self, answer: Answer, place: Place, model: Option<&str>) -> Result<Next, Stop> {
         let editable = answer.head.is_event_stream() && answer.head.status() == 200;
-        let editor = self.plan_strip.take().filter(|_| editable).map(StreamEditor::new);
+        let planned = std::mem::replace(&mut self.edit, Edit::None);
+        let edit = if editable { planned } else { Edit::None };
         let client_keeps = self.head.keep_alive() && answer.sent_whole;
         let request = respond::Request {
             minor_version: self.head.minor_version(),
             keep_alive: client_keeps && !self.worker.shared.phase.is_draining(),
             model,
         };
-        respond::deliver(self.worker, self.client, answer, place, editor, request, &mut self.recording).await
+        respond::deliver(self.worker, self.client, answer, place, edit, request, &mut self.recording).await
     }
 }

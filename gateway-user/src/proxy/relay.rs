@@ -3,7 +3,7 @@
 //! Where nothing has to change, the bytes go on as they came, chunk sizes and all. Where usage was asked for on the client's behalf, the
 //! events are edited, and each chunk of the upstream becomes one chunk of the edited payload.
 
-use super::inject::StreamEditor;
+use super::inject::{Known, Stopped, StreamEditor};
 use super::rewrite::Delivered;
 use crate::wire::At;
 use crate::wire::Piece;
@@ -15,13 +15,23 @@ use std::io::Write;
 /// Capacity that is kept between chunks: a chunk with one token is 220 to 400 bytes.
 const KEPT_BYTES: usize = 1024;
 
+/// What is done with the events of a response.
+pub enum Edit {
+    /// Nothing.
+    None,
+    /// They pass untouched, but are looked at for what the next request's edit needs to know.
+    Learn(Known),
+    /// What was asked for on the client's behalf is taken out.
+    Strip(Box<StreamEditor>),
+}
+
 /// Follows one response body.
 pub struct Relay {
     reader: BodyReader,
     delivered: Delivered,
     /// Whether chunks must be built, rather than passed on.
     chunked: bool,
-    editor: Option<Box<StreamEditor>>,
+    edit: Edit,
     /// Payload of the chunk that is being built.
     building: Vec<u8>,
 }
@@ -37,19 +47,18 @@ pub struct Progress {
 
 impl Relay {
     /// A relay for a body framed like `framing`, delivered like `delivered`.
-    pub fn new(framing: Framing, delivered: Delivered, editor: Option<StreamEditor>) -> Relay {
+    pub fn new(framing: Framing, delivered: Delivered, edit: Edit) -> Relay {
         let chunked = match delivered {
             Delivered::AsFramed => framing == Framing::Chunked,
             Delivered::Chunked => true,
             Delivered::UntilClose => false,
         };
-        let editor = editor.map(Box::new);
-        Relay { reader: BodyReader::new(framing), delivered, chunked, editor, building: Vec::new() }
+        Relay { reader: BodyReader::new(framing), delivered, chunked, edit, building: Vec::new() }
     }
 
     /// Whether what [`Relay::feed`] consumed is to be sent as it is. Otherwise it has put into `out` what is to be sent.
     pub fn is_verbatim(&self) -> bool {
-        self.editor.is_none() && self.delivered == Delivered::AsFramed
+        !matches!(self.edit, Edit::Strip(_)) && self.delivered == Delivered::AsFramed
     }
 
     /// Shows `input` to the observer and, unless it goes on verbatim, appends what the client gets to `out`.
@@ -87,6 +96,11 @@ impl Relay {
                     if let Some(exchange) = observer.as_deref_mut() {
                         exchange.response_body(at, Piece::Bytes(payload));
                     }
+                    if let Edit::Learn(known) = &mut self.edit
+                        && let Some(lesson) = Known::of_unedited(payload)
+                    {
+                        *known = lesson;
+                    }
                     if !verbatim {
                         self.build(payload, out);
                     }
@@ -98,9 +112,9 @@ impl Relay {
     }
 
     fn build(&mut self, payload: &[u8], out: &mut Vec<u8>) {
-        match &mut self.editor {
-            Some(editor) => editor.push(payload, &mut self.building),
-            None => self.building.extend_from_slice(payload),
+        match &mut self.edit {
+            Edit::Strip(editor) => editor.push(payload, &mut self.building),
+            _ => self.building.extend_from_slice(payload),
         }
         if !self.reader.is_inside_chunk() && !self.reader.ends_at_close() {
             self.flush(out);
@@ -136,7 +150,7 @@ impl Relay {
 
     /// Appends what the editor still holds: the body broke off, or is over.
     pub fn release(&mut self, out: &mut Vec<u8>) {
-        if let Some(editor) = &mut self.editor {
+        if let Edit::Strip(editor) = &mut self.edit {
             editor.finish(&mut self.building);
         }
         self.flush(out);
@@ -153,8 +167,20 @@ impl Relay {
         whole
     }
 
-    /// The editor, to ask it what it learned.
-    pub fn editor(&self) -> Option<&StreamEditor> {
-        self.editor.as_deref()
+    /// What the stream has told that the next request's edit needs to know.
+    pub fn lesson(&self) -> Option<&Known> {
+        match &self.edit {
+            Edit::None => None,
+            Edit::Learn(known) => Some(known),
+            Edit::Strip(editor) => editor.lesson(),
+        }
+    }
+
+    /// Whether editing was given up, and why.
+    pub fn stopped(&self) -> Option<Stopped> {
+        match &self.edit {
+            Edit::Strip(editor) => editor.stopped(),
+            _ => None,
+        }
     }
 }

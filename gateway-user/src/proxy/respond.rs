@@ -3,9 +3,8 @@
 use super::buffer::Bytes;
 use super::client::{Client, Gone};
 use super::forward::Next;
-use super::inject::StreamEditor;
 use super::recording::Recording;
-use super::relay::Relay;
+use super::relay::{Edit, Relay};
 use super::rewrite::{self, Delivered};
 use super::upstream::{Place, UpstreamConnection};
 use super::{Stop, Worker};
@@ -53,12 +52,12 @@ pub async fn deliver(
     client: &mut Client,
     answer: Answer,
     place: Place,
-    editor: Option<StreamEditor>,
+    edit: Edit,
     request: Request<'_>,
     recording: &mut Recording,
 ) -> Result<Next, Stop> {
     let Answer { mut connection, head, early, sent_whole } = answer;
-    let delivered = rewrite::delivery(head.framing(), request.minor_version, editor.is_some());
+    let delivered = rewrite::delivery(head.framing(), request.minor_version, matches!(edit, Edit::Strip(_)));
     let ends_at_close = delivered == Delivered::UntilClose || head.framing() == Framing::UntilClose && delivered != Delivered::Chunked;
     let keep_alive = request.keep_alive && !ends_at_close;
     let mut out = Vec::with_capacity(head.fields().raw().len() + early.len() + 128);
@@ -66,12 +65,13 @@ pub async fn deliver(
     if head.status() == 101 {
         return tunnel(client, connection, &out, &early, recording).await;
     }
-    let mut relay = Relay::new(head.framing(), delivered, editor);
+    let mut relay = Relay::new(head.framing(), delivered, edit);
     let surplus = stream(worker, client, &mut connection, &mut relay, out, early, recording).await?;
-    if let (Some(editor), Some(model)) = (relay.editor(), request.model)
-        && let Some(lesson) = editor.lesson()
-    {
-        worker.shared.learned.note(place.upstream().name(), model, &lesson);
+    if let (Some(lesson), Some(model)) = (relay.lesson(), request.model) {
+        worker.shared.learned.note(place.upstream().name(), model, lesson);
+    }
+    if let Some(stopped) = relay.stopped() {
+        worker.shared.metrics.injection(stopped.name());
     }
     if sent_whole && head.keep_alive() && !surplus {
         worker.pool.put(place.upstream(), connection);
@@ -233,7 +233,7 @@ pub async fn read_out(
                 if let Some(exchange) = recording.exchange() {
                     exchange.response_head(ended, &head);
                 }
-                relay = Some(Relay::new(head.framing(), Delivered::AsFramed, None));
+                relay = Some(Relay::new(head.framing(), Delivered::AsFramed, Edit::None));
             }
             let Some(relay) = &mut relay else { continue };
             match relay.feed(&early, ended, recording.exchange(), &mut unsent) {

@@ -163,6 +163,33 @@ pub struct Facts {
     pub response_bytes: u64,
 }
 
+impl Facts {
+    /// What is known of bytes that were no request: when they came, and how it ended.
+    pub fn unread(started: At, ended: At, ending: Ending) -> Facts {
+        Facts {
+            started,
+            ended,
+            endpoint: Endpoint::Other,
+            asked: Asked::default(),
+            model: None,
+            streamed: false,
+            status: None,
+            outcome: Outcome::of(ending, None, false),
+            error_type: None,
+            finish_reason: None,
+            tokens: Tokens::default(),
+            usage_source: UsageSource::None,
+            ttft_us: None,
+            response_head_us: None,
+            queue_us: None,
+            gaps: Gaps::default(),
+            chunks: 0,
+            request_bytes: 0,
+            response_bytes: 0,
+        }
+    }
+}
+
 impl Outcome {
     /// How an exchange is booked that ended like that, with this status and perhaps an error in mid-stream.
     pub(super) fn of(ending: Ending, status: Option<u16>, has_error: bool) -> Outcome {

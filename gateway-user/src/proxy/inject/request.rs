@@ -3,6 +3,7 @@
 use super::learned::{Fingerprint, Known};
 use super::object::{members, span};
 use super::stream::Strip;
+use crate::config::Inject;
 use crate::wire::endpoint::Endpoint;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -24,6 +25,17 @@ pub enum InjectMode {
     Final,
     /// Nothing is ever edited.
     Off,
+}
+
+impl From<Inject> for InjectMode {
+    fn from(setting: Inject) -> InjectMode {
+        match setting {
+            Inject::Auto => InjectMode::Auto,
+            Inject::Continuous => InjectMode::Continuous,
+            Inject::Final => InjectMode::Final,
+            Inject::Off => InjectMode::Off,
+        }
+    }
 }
 
 /// Why a request goes upstream as it came.
