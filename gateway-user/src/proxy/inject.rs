@@ -8,6 +8,10 @@
 //! 2. one more event at the end, with `choices: []` and the final `usage`;
 //! 3. `system_fingerprint` stands on that last event, no longer on the events with a `finish_reason`.
 //!
+//! In short: `plan(body, endpoint, mode, learned.known(upstream, model))`; for an edited request whose response is an unencoded event
+//! stream, a [`StreamEditor`] over its payload; at its end, and also when it broke off, [`StreamEditor::finish`], and
+//! [`StreamEditor::lesson`] into [`Learned::note`].
+//!
 //! # Promises
 //! * The client gets, byte for byte, the payload that it would have got without the proxy; ids and times aside, which differ from
 //!   request to request anyway. Whatever is not understood passes untouched.

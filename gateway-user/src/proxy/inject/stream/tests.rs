@@ -101,6 +101,36 @@ fn other_shapes_of_event_streams_pass() {
 }
 
 #[test]
+fn a_block_that_passes_ends_at_a_blank_line_only() {
+    let (event, bare) = (token("a"), without_usage(&token("a")));
+    for (passes, blank) in [
+        ("data: {}\n\r\n", true),
+        ("data: {}\r\n\n", true),
+        (": a\n\rb\n", false),
+        (": a\n\r\r\n", false),
+        (": a\n", false),
+    ] {
+        let stream = passes.to_owned() + &event;
+        let want = passes.to_owned() + if blank { &bare } else { &event };
+        for cut in 0..stream.len() {
+            let (front, back) = stream.as_bytes().split_at(cut);
+            assert_eq!(run(strip(false, true, "f"), &[front, back]), want, "cut at {cut}");
+        }
+    }
+}
+
+#[test]
+fn a_fingerprint_that_stands_in_its_place_stays_and_is_learned() {
+    let event = finish(0).replace("}\n\n", ",\"system_fingerprint\":\"here\"}\n\n");
+    let mut editor = StreamEditor::new(strip(false, true, "old"));
+    let mut out = Vec::new();
+    editor.push(event.as_bytes(), &mut out);
+    assert_eq!(String::from_utf8(out).unwrap(), without_usage(&event));
+    let lesson = editor.lesson().unwrap();
+    assert_eq!(lesson.fingerprint, Fingerprint::Text("\"here\"".into()));
+}
+
+#[test]
 fn what_passes_is_not_held() {
     let mut editor = StreamEditor::new(strip(false, true, ""));
     for piece in ["da", "ta: [D", "ONE]", "\n", "\n: keep", "-alive"] {
