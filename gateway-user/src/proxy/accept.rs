@@ -3,7 +3,7 @@
 use super::client::{Client, NoRequest};
 use super::forward::{self, Next};
 use super::recording::Recording;
-use super::{Worker, refusal::Refusal};
+use super::Worker;
 use crate::wire::endpoint::Endpoint;
 use crate::wire::head::RequestHead;
 use std::sync::Arc;

@@ -27,9 +27,9 @@ pub enum Body {
 }
 
 /// Reads a body and shows it to the observer.
-pub struct Receiver<'a> {
+pub struct Receiver<'a, 'c> {
     /// From the client.
-    pub reader: Reader<'a>,
+    pub reader: Reader<'c>,
     /// Limits and timeouts.
     pub limits: &'a ProxyConfig,
     /// Where the observer is.
@@ -38,7 +38,7 @@ pub struct Receiver<'a> {
     pub clock: Clock,
 }
 
-impl Receiver<'_> {
+impl Receiver<'_, '_> {
     /// Reads the body if it is no larger than `inspect_max`, else only its beginning.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use super::Shared;
 use super::ids::random_hex;
 use super::refusal::Refusal;
 use super::trace::Trace;
-use crate::event::{Context, EventSink, RequestEvent};
+use crate::event::{Context, RequestEvent};
 use crate::identity::Identity;
 use crate::metrics::InflightGuard;
 use crate::wire::{At, Piece};

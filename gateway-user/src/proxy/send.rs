@@ -43,9 +43,15 @@ pub enum Failed {
     Stop(Stop),
 }
 
-impl<T: Into<Stop>> From<T> for Failed {
-    fn from(stop: T) -> Failed {
-        Failed::Stop(stop.into())
+impl From<Refusal> for Failed {
+    fn from(refusal: Refusal) -> Failed {
+        Failed::Stop(refusal.into())
+    }
+}
+
+impl From<Gone> for Failed {
+    fn from(gone: Gone) -> Failed {
+        Failed::Stop(gone.into())
     }
 }
 
