@@ -213,19 +213,20 @@ fn parse_value(value: &[u8]) -> Result<&str, ValueError> {
             length_bytes: value.len(),
         });
     }
-    let invisible = || {
-        let index = value.iter().position(|byte| !byte.is_ascii_graphic())?;
-        Some(ValueError::Invisible {
-            byte: value[index],
-            position: index + 1,
-            quoted: quote(value),
-        })
-    };
-    match (invisible(), std::str::from_utf8(value)) {
-        (None, Ok(text)) => Ok(text),
-        (Some(error), _) => Err(error),
-        // Visible ASCII is UTF-8, so that this cannot be; it still is no reason to panic on a client's bytes.
-        (None, Err(_)) => Err(ValueError::Empty),
+    match std::str::from_utf8(value) {
+        Ok(text) if text.bytes().all(|byte| byte.is_ascii_graphic()) => Ok(text),
+        _ => {
+            // There is such a byte, since visible ASCII is UTF-8.
+            let index = value
+                .iter()
+                .position(|byte| !byte.is_ascii_graphic())
+                .unwrap_or_default();
+            Err(ValueError::Invisible {
+                byte: value[index],
+                position: index + 1,
+                quoted: quote(value),
+            })
+        }
     }
 }
 

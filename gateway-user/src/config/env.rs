@@ -6,9 +6,11 @@ use std::ffi::OsString;
 
 use super::{
     error::{Place, Problem},
-    read::{Findings, Setting},
-    schema::{Config, Serves, UpstreamConfig},
+    read::Findings,
+    schema::{Config, UpstreamConfig},
+    setting::Setting,
     values::Name,
+    words::Serves,
 };
 
 /// How the environment is looked up; in the program, `std::env::var_os`.

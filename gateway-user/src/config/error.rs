@@ -43,8 +43,8 @@ pub struct Problem {
     pub message: String,
 }
 
-/// Where a setting comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Where a setting comes from. The order is that of a listing: the file from top to bottom, then the rest.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
     /// A line of the file, counted from 1.
     Line {

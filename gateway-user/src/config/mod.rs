@@ -14,9 +14,11 @@ pub mod env;
 pub mod error;
 mod read;
 mod schema;
+mod setting;
 pub mod units;
 mod validate;
 mod values;
+mod words;
 mod yaml;
 
 use std::path::Path;
@@ -24,12 +26,12 @@ use std::path::Path;
 pub use env::Env;
 pub use error::{ConfigError, EXIT_CONFIG, Place, Problem};
 pub use schema::{
-    AdminConfig, Capture, Config, GatewayConfig, IdentityConfig, Inject, LogConfig, LogFormat, LogLevel,
-    MetricsConfig, OnUninspectable, ProxyConfig, RuntimeKind, Serves, SpoolConfig, StoreConfig,
-    UpstreamConfig, UsageConfig, VllmConfig,
+    AdminConfig, Config, GatewayConfig, IdentityConfig, LogConfig, MetricsConfig, ProxyConfig, SpoolConfig,
+    StoreConfig, UpstreamConfig, UsageConfig, VllmConfig,
 };
 pub use units::ByteSize;
 pub use values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl, ValueError};
+pub use words::{Capture, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves};
 
 use read::Findings;
 use yaml::Document;
@@ -64,10 +66,12 @@ impl Config {
         if findings.problems.is_empty() {
             validate::validate(&config, &mut findings);
         }
-        if findings.problems.is_empty() {
+        let mut problems = findings.problems;
+        problems.sort_by(|left, right| left.place.cmp(&right.place));
+        if problems.is_empty() {
             Ok(config)
         } else {
-            Err(ConfigError::Invalid(findings.problems))
+            Err(ConfigError::Invalid(problems))
         }
     }
 }

@@ -417,9 +417,9 @@ fn upstreams_that_do_not_fit_each_other_are_refused() {
 }
 
 #[test]
-fn all_problems_come_at_once() {
+fn all_problems_come_at_once_in_the_files_order() {
     let Err(ConfigError::Invalid(problems)) = with_env(
-        "capture: x\nproxy:\n  max_body: 1\n  foo: 2\n",
+        "capture: x\nproxy:\n  foo: 2\n  max_body: 1\n",
         &[("GATEWAY_WORKERS", "x")],
     ) else {
         panic!("it was accepted");
