@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 //! vllm-gateway: which team an LLM request was for, how long each phase took, and how many tokens it used.
 
 pub mod admin;
@@ -10,3 +11,6 @@ pub mod metrics;
 pub mod net;
 pub mod proxy;
 pub mod wire;
+=======
+//! placeholder
+>>>>>>> sim

@@ -1,0 +1,70 @@
+//! What each request used: a bounded ring, for tests that compare a gateway's books with the engine's.
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+
+use crate::shapes::json::Js;
+
+/// Requests remembered: several minutes of the heaviest load, in well under 100 MB.
+pub const LOG_REQUESTS_MAX: usize = 200_000;
+
+/// One request as the engine saw it. Times are CLOCK_MONOTONIC; zero means that it never came so far.
+#[derive(Debug, Clone)]
+pub struct Record {
+    /// Request id, path, model.
+    pub label: [String; 3],
+    /// Prompt tokens counted by the engine, once for each sequence that was prefilled.
+    pub prompt_tokens: u64,
+    /// Tokens generated, over all choices.
+    pub completion_tokens: u64,
+    /// `stop`, `length` or `abort`.
+    pub finished_reason: &'static str,
+    /// The request was complete.
+    pub arrived_ns: u64,
+    /// Its first choice entered a step.
+    pub scheduled_ns: u64,
+    /// Its first choice had a token.
+    pub first_token_ns: u64,
+    /// Its last choice ended.
+    pub ended_ns: u64,
+}
+
+/// The most recent requests.
+#[derive(Debug, Default)]
+pub struct RequestLog(VecDeque<Record>);
+
+impl RequestLog {
+    /// Adds a request, forgetting the oldest when full.
+    pub fn push(&mut self, record: Record) {
+        if self.0.len() == LOG_REQUESTS_MAX {
+            self.0.pop_front();
+        }
+        self.0.push_back(record);
+    }
+
+    /// One JSON object a line, oldest first.
+    pub fn to_json_lines(&self) -> String {
+        let mut out = String::with_capacity(self.0.len() * 256);
+        for record in &self.0 {
+            let [id, path, model] = &record.label;
+            // Writing into a String cannot fail.
+            let _ = writeln!(
+                out,
+                "{{\"request_id\":{},\"path\":{},\"model\":{},\"prompt_tokens\":{},\"completion_tokens\":{},\
+                 \"finished_reason\":\"{}\",\"arrived_ns\":{},\"scheduled_ns\":{},\"first_token_ns\":{},\
+                 \"ended_ns\":{}}}",
+                Js(id),
+                Js(path),
+                Js(model),
+                record.prompt_tokens,
+                record.completion_tokens,
+                record.finished_reason,
+                record.arrived_ns,
+                record.scheduled_ns,
+                record.first_token_ns,
+                record.ended_ns
+            );
+        }
+        out
+    }
+}
