@@ -9,8 +9,10 @@
 //! * [`endpoint`] knows vLLM's routes and which of them cost tokens.
 //! * [`sse`] finds the data of server-sent events, [`json`] the values that matter in a document.
 //! * [`exchange`] gathers the [`facts`] of one request and its response.
+//! * [`connection`] does all this for the raw bytes of a TCP connection.
 
 pub mod body;
+pub mod connection;
 pub mod endpoint;
 pub mod exchange;
 pub mod facts;

@@ -1,0 +1,437 @@
+//! One TCP connection's two byte streams, read as exchanges.
+//!
+//! For whoever sees raw wire bytes (the kernel tap, and tests): [`Connection`] finds heads and bodies in both directions, pairs
+//! responses with requests (pipelined ones too) and feeds an [`Exchange`] for each. It promises constant memory: heads are held
+//! up to a limit until they are whole, bodies never, and [`Limits::in_flight`] requests may wait for their responses.
+//!
+//! Where bytes are missing or make no sense, nothing is guessed. The exchange that was hit ends as [`Ending::Unseen`], and the
+//! direction waits for bytes that begin with a head: a request line, or `HTTP/1.` while a request waits. A connection that is first
+//! seen in its middle starts in the same way. What passes meanwhile (TLS, another protocol) is counted as opaque.
+
+use super::body::{BodyReader, Step};
+use super::exchange::{Ending, Exchange, Facts};
+use super::head::{RequestHead, ResponseHead};
+use super::{At, Piece};
+use std::collections::VecDeque;
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the client.
+    ToServer,
+    /// From the server.
+    ToClient,
+}
+
+/// Who ended a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closer {
+    /// The client.
+    Client,
+    /// The server.
+    Server,
+    /// Nobody that is known: watching ended.
+    Unknown,
+}
+
+/// What one connection may hold.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Longest head, in bytes. A longer one is not read.
+    pub head_bytes: usize,
+    /// Most requests that wait for their responses. With more, pairing is given up for all of them.
+    pub in_flight: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            // uvicorn's own limit for a head.
+            head_bytes: 64 * 1024,
+            // No client of an LLM pipelines deeply: each request takes seconds.
+            in_flight: 64,
+        }
+    }
+}
+
+/// Whoever wants to know of a connection's exchanges.
+pub trait Watcher {
+    /// What the watcher keeps beside an exchange, for instance who it is for.
+    type Tag;
+
+    /// A request's head is whole; `at` is the time of its first byte.
+    fn began(&mut self, at: At, head: &RequestHead) -> Self::Tag;
+
+    /// An exchange has ended. Each that began ends exactly once, at the latest when the connection is closed.
+    fn ended(&mut self, tag: Self::Tag, facts: Facts);
+}
+
+#[derive(Debug)]
+enum Reading {
+    /// Bytes are opaque until some begin with a head.
+    Seeking,
+    /// The next byte belongs to a head.
+    Head,
+    Body(BodyReader),
+    /// The protocol was changed: no HTTP any more.
+    Upgraded,
+}
+
+/// One direction.
+#[derive(Debug)]
+struct Side {
+    reading: Reading,
+    /// A head that is not whole yet.
+    head: Vec<u8>,
+    /// When its first byte came.
+    head_at: At,
+}
+
+impl Side {
+    fn new() -> Side {
+        Side {
+            reading: Reading::Seeking,
+            head: Vec::new(),
+            head_at: At::default(),
+        }
+    }
+
+    fn seek(&mut self) {
+        self.reading = Reading::Seeking;
+        self.head = Vec::new();
+    }
+
+    /// Whether a hole of that length lies wholly inside payload.
+    fn takes_hole(&mut self, len: u64) -> bool {
+        match &mut self.reading {
+            Reading::Body(body) => body.hole(len).is_ok(),
+            reading => matches!(reading, Reading::Upgraded),
+        }
+    }
+
+    /// Takes bytes of a head, up to the blank line that ends it, and no more than the limit. Whether there is something to parse.
+    fn gather(&mut self, at: At, input: &mut &[u8], limit: usize) -> bool {
+        if self.head.is_empty() {
+            self.head_at = at;
+        }
+        // The blank line may lie across the cut.
+        let from = self.head.len().saturating_sub(3);
+        let room = limit.saturating_sub(self.head.len()).min(input.len());
+        let held = self.head.len();
+        self.head.extend_from_slice(&input[..room]);
+        let end = memchr::memmem::find(&self.head[from..], b"\r\n\r\n").map(|found| from + found + 4);
+        if let Some(end) = end {
+            self.head.truncate(end);
+        }
+        *input = &input[self.head.len() - held..];
+        end.is_some() || self.head.len() >= limit
+    }
+}
+
+/// An exchange that waits for its response or for the response's end.
+#[derive(Debug)]
+struct InFlight<T> {
+    exchange: Exchange,
+    tag: T,
+    is_head_request: bool,
+    /// Something was missed, so that the facts may be those of another request.
+    is_uncertain: bool,
+}
+
+/// Reads one connection.
+#[derive(Debug)]
+pub struct Connection<T> {
+    limits: Limits,
+    requests: Side,
+    responses: Side,
+    in_flight: VecDeque<InFlight<T>>,
+    /// Whether the request whose body is being read is the last of `in_flight` (it may have been answered early).
+    reads_last: bool,
+    opaque_bytes: u64,
+}
+
+impl<T> Connection<T> {
+    /// A connection of which nothing has been seen yet, be it from its beginning or not.
+    pub fn new(limits: Limits) -> Connection<T> {
+        Connection {
+            limits,
+            requests: Side::new(),
+            responses: Side::new(),
+            in_flight: VecDeque::new(),
+            reads_last: false,
+            opaque_bytes: 0,
+        }
+    }
+
+    /// Bytes that belong to no exchange.
+    pub fn opaque_bytes(&self) -> u64 {
+        self.opaque_bytes
+    }
+
+    /// How many exchanges have begun and not ended.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Bytes of one direction, or the length of a gap, in the order of their sequence numbers.
+    pub fn feed<W>(&mut self, direction: Direction, at: At, piece: Piece<'_>, watcher: &mut W)
+    where
+        W: Watcher<Tag = T>,
+    {
+        match (direction, piece) {
+            (Direction::ToServer, Piece::Bytes(bytes)) => self.from_client(at, bytes, watcher),
+            (Direction::ToServer, Piece::Hole(len)) => self.hole_from_client(at, len),
+            (Direction::ToClient, Piece::Bytes(bytes)) => self.from_server(at, bytes, watcher),
+            (Direction::ToClient, Piece::Hole(len)) => self.hole_from_server(at, len, watcher),
+        }
+    }
+
+    /// The connection has ended, and with it every exchange that has not.
+    pub fn close<W: Watcher<Tag = T>>(&mut self, at: At, closer: Closer, watcher: &mut W) {
+        let ending = match closer {
+            Closer::Client => Ending::ClientGone,
+            Closer::Server => Ending::UpstreamClosed,
+            Closer::Unknown => Ending::Unseen,
+        };
+        let ends_here = match &self.responses.reading {
+            Reading::Body(body) => body.ends_at_close() && closer == Closer::Server,
+            Reading::Upgraded => closer != Closer::Unknown,
+            _ => false,
+        };
+        if ends_here {
+            self.end_first(at, Ending::Complete, watcher);
+        }
+        while !self.in_flight.is_empty() {
+            self.end_first(at, ending, watcher);
+        }
+        self.requests.seek();
+        self.responses.seek();
+    }
+
+    fn from_client<W: Watcher<Tag = T>>(&mut self, at: At, mut input: &[u8], watcher: &mut W) {
+        while !input.is_empty() {
+            match &mut self.requests.reading {
+                Reading::Upgraded => {
+                    self.request_payload(at, Piece::Bytes(input));
+                    return;
+                }
+                Reading::Body(body) => match body.next(&mut input) {
+                    Ok(Step::Data(data)) => self.request_payload(at, Piece::Bytes(data)),
+                    Ok(Step::More) => return,
+                    Ok(Step::End) => self.requests.reading = Reading::Head,
+                    Err(_) => return self.lose_requests(input),
+                },
+                Reading::Head | Reading::Seeking => {
+                    if !self.request_head(at, &mut input, watcher) {
+                        return self.lose_requests(input);
+                    }
+                }
+            }
+            self.settle_requests();
+        }
+    }
+
+    /// A body that needs no further byte is over, so that a head that begins the next piece is expected.
+    fn settle_requests(&mut self) {
+        if matches!(&self.requests.reading, Reading::Body(body) if body.is_done()) {
+            self.requests.reading = Reading::Head;
+        }
+    }
+
+    /// Reads on in a request's head. False when these bytes are none.
+    fn request_head<W: Watcher<Tag = T>>(&mut self, at: At, input: &mut &[u8], watcher: &mut W) -> bool {
+        let side = &mut self.requests;
+        let is_found_anew = matches!(side.reading, Reading::Seeking);
+        let is_whole = side.gather(at, input, self.limits.head_bytes);
+        if !may_begin_request(&side.head) {
+            return false;
+        }
+        if !is_whole {
+            return true;
+        }
+        let Ok(Some((head, _))) = RequestHead::parse(&side.head, self.limits.head_bytes) else {
+            return false;
+        };
+        let head_at = side.head_at;
+        side.head.clear();
+        side.reading = Reading::Body(BodyReader::new(head.framing()));
+        if self.in_flight.len() >= self.limits.in_flight {
+            self.give_up(at, watcher);
+            return false;
+        }
+        // Found anew while others wait: requests in between may have been missed, and then responses would be paired wrongly.
+        let is_uncertain = is_found_anew && !self.in_flight.is_empty();
+        if is_uncertain {
+            self.in_flight
+                .iter_mut()
+                .for_each(|waiting| waiting.is_uncertain = true);
+        }
+        self.in_flight.push_back(InFlight {
+            exchange: Exchange::begin(head_at, &head),
+            tag: watcher.began(head_at, &head),
+            is_head_request: head.method() == "HEAD",
+            is_uncertain,
+        });
+        self.reads_last = true;
+        true
+    }
+
+    fn request_payload(&mut self, at: At, piece: Piece<'_>) {
+        match self.in_flight.back_mut() {
+            Some(last) if self.reads_last => last.exchange.request_body(at, piece),
+            _ => self.opaque_bytes += piece.len_bytes(),
+        }
+    }
+
+    fn hole_from_client(&mut self, at: At, len: u64) {
+        if self.requests.takes_hole(len) {
+            self.request_payload(at, Piece::Hole(len));
+            self.settle_requests();
+        } else {
+            self.opaque_bytes += len;
+            self.lose_requests(&[]);
+        }
+    }
+
+    /// The requests cannot be followed any further, up to the next head.
+    fn lose_requests(&mut self, rest: &[u8]) {
+        let is_inside = matches!(self.requests.reading, Reading::Body(_)) && self.reads_last;
+        if let Some(last) = self.in_flight.back_mut().filter(|_| is_inside) {
+            last.is_uncertain = true;
+        }
+        self.reads_last = false;
+        self.opaque_bytes += (self.requests.head.len() + rest.len()) as u64;
+        self.requests.seek();
+    }
+
+    fn from_server<W: Watcher<Tag = T>>(&mut self, at: At, mut input: &[u8], watcher: &mut W) {
+        while !input.is_empty() {
+            match &mut self.responses.reading {
+                Reading::Upgraded => {
+                    self.response_payload(at, Piece::Bytes(input));
+                    return;
+                }
+                Reading::Body(body) => match body.next(&mut input) {
+                    Ok(Step::Data(data)) => self.response_payload(at, Piece::Bytes(data)),
+                    Ok(Step::More) => return,
+                    Ok(Step::End) => {}
+                    Err(_) => return self.lose_responses(at, input, watcher),
+                },
+                Reading::Head | Reading::Seeking => {
+                    if !self.response_head(at, &mut input) {
+                        return self.lose_responses(at, input, watcher);
+                    }
+                }
+            }
+            self.settle_responses(at, watcher);
+        }
+    }
+
+    /// A body that needs no further byte is over, and with it the exchange.
+    fn settle_responses<W: Watcher<Tag = T>>(&mut self, at: At, watcher: &mut W) {
+        if matches!(&self.responses.reading, Reading::Body(body) if body.is_done()) {
+            self.responses.reading = Reading::Head;
+            self.end_first(at, Ending::Complete, watcher);
+        }
+    }
+
+    /// Reads on in a response's head. False when these bytes are none, or nobody waits for one.
+    fn response_head(&mut self, at: At, input: &mut &[u8]) -> bool {
+        let Some(first) = self.in_flight.front_mut() else {
+            return false;
+        };
+        let side = &mut self.responses;
+        let is_whole = side.gather(at, input, self.limits.head_bytes);
+        if !may_begin_response(&side.head) {
+            return false;
+        }
+        if !is_whole {
+            return true;
+        }
+        let method = if first.is_head_request { "HEAD" } else { "GET" };
+        let Ok(Some((head, _))) = ResponseHead::parse(&side.head, self.limits.head_bytes, method) else {
+            return false;
+        };
+        side.head.clear();
+        first.exchange.response_head(at, &head);
+        side.reading = if head.is_interim() {
+            Reading::Head
+        } else if head.status() == 101 {
+            self.requests.reading = Reading::Upgraded;
+            Reading::Upgraded
+        } else {
+            Reading::Body(BodyReader::new(head.framing()))
+        };
+        true
+    }
+
+    fn response_payload(&mut self, at: At, piece: Piece<'_>) {
+        match self.in_flight.front_mut() {
+            Some(first) => first.exchange.response_body(at, piece),
+            None => self.opaque_bytes += piece.len_bytes(),
+        }
+    }
+
+    fn hole_from_server<W: Watcher<Tag = T>>(&mut self, at: At, len: u64, watcher: &mut W) {
+        if self.responses.takes_hole(len) {
+            self.response_payload(at, Piece::Hole(len));
+            self.settle_responses(at, watcher);
+        } else {
+            self.opaque_bytes += len;
+            self.lose_responses(at, &[], watcher);
+        }
+    }
+
+    /// The responses cannot be followed any further. Nobody can tell which of the waiting requests the next one answers.
+    fn lose_responses<W: Watcher<Tag = T>>(&mut self, at: At, rest: &[u8], watcher: &mut W) {
+        self.opaque_bytes += (self.responses.head.len() + rest.len()) as u64;
+        // While seeking, requests that came since may well be answered by the head that is sought.
+        if !matches!(self.responses.reading, Reading::Seeking) {
+            self.give_up(at, watcher);
+        }
+        self.responses.seek();
+    }
+
+    /// Ends all that wait, since pairing has failed.
+    fn give_up<W: Watcher<Tag = T>>(&mut self, at: At, watcher: &mut W) {
+        while !self.in_flight.is_empty() {
+            self.end_first(at, Ending::Unseen, watcher);
+        }
+        self.responses.seek();
+    }
+
+    fn end_first<W: Watcher<Tag = T>>(&mut self, at: At, ending: Ending, watcher: &mut W) {
+        let Some(first) = self.in_flight.pop_front() else {
+            return;
+        };
+        if self.in_flight.is_empty() {
+            self.reads_last = false;
+        }
+        let ending = if first.is_uncertain {
+            Ending::Unseen
+        } else {
+            ending
+        };
+        watcher.ended(first.tag, first.exchange.finish(at, ending));
+    }
+}
+
+/// Whether bytes could be the start of a request: a method, a space, and a path or a URL.
+fn may_begin_request(bytes: &[u8]) -> bool {
+    // The longest method that a client of vLLM has reason to send is OPTIONS.
+    const MAX_METHOD_BYTES: usize = 7;
+    let method_len = bytes.iter().take_while(|byte| byte.is_ascii_uppercase()).count();
+    match &bytes[method_len..] {
+        _ if method_len > MAX_METHOD_BYTES => false,
+        [] | [b' '] => true,
+        [b' ', first, ..] => method_len >= 3 && (*first == b'/' || first.eq_ignore_ascii_case(&b'h')),
+        _ => false,
+    }
+}
+
+/// Whether bytes could be the start of a response.
+fn may_begin_response(bytes: &[u8]) -> bool {
+    const START: &[u8] = b"HTTP/1.";
+    let shorter = bytes.len().min(START.len());
+    bytes[..shorter] == START[..shorter]
+}
