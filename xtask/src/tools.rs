@@ -89,7 +89,7 @@ impl Tool {
 fn install(missing: &[&Tool]) -> Result<()> {
     let packages: Vec<_> = missing.iter().map(|tool| tool.debian_package).collect();
     println!("installing {}", packages.join(", "));
-    let policy = NoDaemons::begin()?;
+    let policy = NoDaemons::begin(Path::new(POLICY_PATH))?;
     let apt_get = || {
         let mut command = Command::new("apt-get");
         command
@@ -113,35 +113,34 @@ fn install(missing: &[&Tool]) -> Result<()> {
 /// While this lives, no package that is installed may start its daemon. Debian's way to say so is a program at a
 /// fixed path that ends with 101 ("action forbidden by policy").
 #[derive(Debug)]
-struct NoDaemons {
-    /// Whether the file is ours to remove: container images bring one of their own, which says the same.
-    ours: bool,
+struct NoDaemons<'a> {
+    /// The file to remove at the end. Container images bring one of their own, which says the same and stays.
+    ours: Option<&'a Path>,
 }
 
 const POLICY_PATH: &str = "/usr/sbin/policy-rc.d";
 
-impl NoDaemons {
-    fn begin() -> Result<Self> {
-        if Path::new(POLICY_PATH).exists() {
-            return Ok(Self { ours: false });
+impl<'a> NoDaemons<'a> {
+    fn begin(path: &'a Path) -> Result<Self> {
+        if path.exists() {
+            return Ok(Self { ours: None });
         }
-        let policy = Self { ours: true };
-        fs::write(POLICY_PATH, "#!/bin/sh\nexit 101\n")
-            .with_context(|| format!("cannot write {POLICY_PATH}"))?;
-        fs::set_permissions(POLICY_PATH, Permissions::from_mode(0o755))
-            .with_context(|| format!("cannot make {POLICY_PATH} executable"))?;
+        let policy = Self { ours: Some(path) };
+        fs::write(path, "#!/bin/sh\nexit 101\n")
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        fs::set_permissions(path, Permissions::from_mode(0o755))
+            .with_context(|| format!("cannot make {} executable", path.display()))?;
         Ok(policy)
     }
 }
 
-impl Drop for NoDaemons {
+impl Drop for NoDaemons<'_> {
     fn drop(&mut self) {
-        if self.ours
-            && let Err(error) = fs::remove_file(POLICY_PATH)
+        if let Some(path) = self.ours
+            && let Err(error) = fs::remove_file(path)
         {
-            eprintln!(
-                "{POLICY_PATH} could not be removed ({error}): until it is, no package starts its daemon"
-            );
+            let path = path.display();
+            eprintln!("{path} could not be removed ({error}): until it is, no package starts its daemon");
         }
     }
 }
@@ -173,6 +172,21 @@ mod tests {
     fn a_probe_tells_presence_from_absence() {
         assert!(succeeds(&["true"]));
         assert!(!succeeds(&["false"]) && !succeeds(&["no-such-command-anywhere"]) && !succeeds(&[]));
+    }
+
+    #[test]
+    fn the_policy_forbids_daemons_while_it_lives_and_spares_another_s() {
+        let path = std::env::temp_dir().join(format!("xtask-policy-{}", std::process::id()));
+        let policy = NoDaemons::begin(&path).expect("a writable directory");
+        drop(NoDaemons::begin(&path).expect("one that is there is left alone"));
+        let status = Command::new("sh").arg(&path).status().expect("a shell");
+        assert_eq!(status.code(), Some(101));
+        assert_eq!(
+            fs::metadata(&path).expect("the file").permissions().mode() & 0o777,
+            0o755
+        );
+        drop(policy);
+        assert!(!path.exists());
     }
 
     #[test]
