@@ -1,2 +1,40 @@
-//! The project's own commands: `cargo xtask <command>`.
-fn main() {}
+//! The project's own commands: `cargo xtask <command>`. One module each.
+
+mod stage;
+mod test;
+mod tidy;
+mod tools;
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "The project's own commands.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Install what the tests need, then check formatting, lints and documentation, and run all tests.
+    Test,
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    let root = workspace_root()?;
+    match cli.command {
+        Command::Test => test::run(root),
+    }
+}
+
+/// The directory of the workspace's `Cargo.toml`, wherever the command was called.
+fn workspace_root() -> Result<&'static Path> {
+    let manifest_dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest_dir
+        .parent()
+        .context("xtask must stand in a directory of the workspace")
+}

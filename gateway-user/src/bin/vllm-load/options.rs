@@ -18,7 +18,7 @@ use crate::target::{ExtraHeader, ServerUrl, TargetOptions};
 #[command(name = "vllm-load", version, max_term_width = 110)]
 #[command(group = ArgGroup::new("end").required(true).multiple(true).args(["requests", "duration"]))]
 pub struct Options {
-    /// The server: http://HOST[:PORT][/BASE]; `/v1/…` is added.
+    /// The server, as `http://HOST[:PORT][/BASE]`; `/v1/…` is added.
     #[arg(long, value_name = "URL")]
     pub url: ServerUrl,
     /// The model to ask for.

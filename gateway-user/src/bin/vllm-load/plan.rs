@@ -76,9 +76,9 @@ pub enum Fate {
     Complete,
     /// It asks the simulator to answer with an error.
     Fail,
-    /// The client closes the socket after this many chunks with content.
+    /// The client closes the socket after this many chunks with content; a stream that has fewer runs to its end.
     AbortAfterChunks(u32),
-    /// The client closes the socket after this time.
+    /// The client closes the socket after this time; a response that is faster comes whole.
     AbortAfter(Duration),
 }
 

@@ -1,0 +1,79 @@
+//! Commands that run one after another, and how long each took.
+
+use std::fmt::{self, Display, Formatter};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+/// The stages so far.
+#[derive(Debug, Default)]
+pub struct Stages {
+    done: Vec<(&'static str, Duration)>,
+}
+
+impl Stages {
+    /// Does one stage and keeps its time, whether it succeeds or not.
+    pub fn time<T>(&mut self, name: &'static str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        println!("── {name}");
+        let started = Instant::now();
+        let result = work();
+        self.done.push((name, started.elapsed()));
+        result.with_context(|| format!("stage `{name}` failed; seconds until then:\n{self}"))
+    }
+
+    /// Does a stage that is one command.
+    pub fn command(&mut self, name: &'static str, command: &mut Command) -> Result<()> {
+        self.time(name, || run(command))
+    }
+}
+
+impl Display for Stages {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        for (name, duration) in &self.done {
+            writeln!(f, "{name:<14}{:>8.1} s", duration.as_secs_f64())?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs a command to its end; its output goes where ours goes.
+///
+/// # Errors
+/// When it cannot be started, or does not succeed.
+pub fn run(command: &mut Command) -> Result<()> {
+    let shown = format!("{command:?}");
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start {shown}"))?;
+    ensure!(status.success(), "{shown} ended with {status}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_stage_is_named_and_its_time_is_kept() {
+        let mut stages = Stages::default();
+        stages
+            .command("good", &mut Command::new("true"))
+            .expect("`true` succeeds");
+        let error = stages
+            .command("bad", &mut Command::new("false"))
+            .expect_err("`false` fails");
+        let text = format!("{error:#}");
+        assert!(
+            text.contains("`bad`") && text.contains("good") && text.contains("exit status: 1"),
+            "{text}"
+        );
+        assert_eq!(stages.done.len(), 2);
+    }
+
+    #[test]
+    fn a_command_that_is_not_there_is_named() {
+        let error = run(&mut Command::new("no-such-command-anywhere")).expect_err("nothing to run");
+        assert!(error.to_string().contains("no-such-command-anywhere"), "{error}");
+    }
+}

@@ -1,0 +1,49 @@
+//! `cargo xtask test`: everything that must hold before a change is merged, from a fresh clone on.
+//!
+//! The tests run last and nothing is printed after them, so that the last line is their own result.
+
+use std::env;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::stage::{Stages, run as run_command};
+use crate::tools;
+
+/// Runs all stages in the workspace at `root`.
+///
+/// # Errors
+/// At the first stage that fails.
+pub fn run(root: &Path) -> Result<()> {
+    let cargo = |arguments: &[&str]| {
+        // The cargo that runs us, so that a `+toolchain` on the command line holds for all stages.
+        let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        command.current_dir(root).args(arguments);
+        command
+    };
+    let mut stages = Stages::default();
+    stages.time("tools", tools::ensure_installed)?;
+    stages.command("format", &mut cargo(&["fmt", "--all", "--check"]))?;
+    let clippy = [
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--locked",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    stages.command("clippy", &mut cargo(&clippy))?;
+    let doc = ["doc", "--workspace", "--no-deps", "--locked"];
+    stages.command("doc", cargo(&doc).env("RUSTDOCFLAGS", "-Dwarnings"))?;
+    let tests = ["test", "--workspace", "--locked", "--lib", "--bins", "--tests"];
+    stages.command("build tests", &mut cargo(&[&tests[..], &["--no-run"]].concat()))?;
+    // Before the others, and not with them: else the last line would be the result of the documentation's examples.
+    stages.command(
+        "doc tests",
+        &mut cargo(&["test", "--workspace", "--locked", "--doc"]),
+    )?;
+    println!("\n{stages}\n── tests (their seconds are in their own results)");
+    run_command(&mut cargo(&tests))
+}

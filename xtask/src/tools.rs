@@ -1,0 +1,201 @@
+//! Programs that tests call and Cargo does not bring: found, installed on Debian as root, or said to be missing.
+//!
+//! Nothing that this installs is left running: a test machine should not find a new daemon because it ran tests.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::stage::run;
+
+/// A program that some tests need.
+#[derive(Debug)]
+struct Tool {
+    name: &'static str,
+    /// A command that succeeds when the tool is there and works.
+    probe: &'static [&'static str],
+    debian_package: &'static str,
+    brew_formula: &'static str,
+    /// What cannot be tested without it.
+    needed_by: &'static str,
+}
+
+const TOOLS: [Tool; 2] = [
+    Tool {
+        name: "promtool",
+        probe: &["promtool", "--version"],
+        debian_package: "prometheus",
+        brew_formula: "prometheus",
+        needed_by: "the tests of the metrics page and of the alert rules",
+    },
+    Tool {
+        name: "python3 with venv",
+        // Debian's python3 has `venv` but no `ensurepip`, without which no environment gets a pip.
+        probe: &["python3", "-c", "import venv, ensurepip"],
+        debian_package: "python3-venv",
+        brew_formula: "python3",
+        needed_by: "the tests with the real OpenAI client",
+    },
+];
+
+/// Makes sure that every tool is there, or says which tests go without.
+///
+/// # Errors
+/// When an installation was tried and failed.
+pub fn ensure_installed() -> Result<()> {
+    let missing: Vec<_> = TOOLS.iter().filter(|tool| !tool.works()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if !(succeeds(&["apt-get", "--version"]) && is_root()) {
+        missing.iter().for_each(|tool| println!("{}", tool.advice()));
+        return Ok(());
+    }
+    install(&missing)?;
+    for tool in missing {
+        ensure!(
+            tool.works(),
+            "{} was installed, but `{}` still fails",
+            tool.debian_package,
+            tool.probe.join(" ")
+        );
+    }
+    Ok(())
+}
+
+impl Tool {
+    fn works(&self) -> bool {
+        succeeds(self.probe)
+    }
+
+    fn advice(&self) -> String {
+        let Self {
+            name,
+            debian_package,
+            brew_formula,
+            needed_by,
+            ..
+        } = self;
+        format!(
+            "{name} is missing: {needed_by} are skipped.\n  \
+             Debian: apt-get install --no-install-recommends {debian_package}   macOS: brew install {brew_formula}"
+        )
+    }
+}
+
+fn install(missing: &[&Tool]) -> Result<()> {
+    let packages: Vec<_> = missing.iter().map(|tool| tool.debian_package).collect();
+    println!("installing {}", packages.join(", "));
+    let policy = NoDaemons::begin(Path::new(POLICY_PATH))?;
+    let apt_get = || {
+        let mut command = Command::new("apt-get");
+        command
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(Stdio::null())
+            .arg("-qq");
+        command
+    };
+    run(apt_get().arg("update"))?;
+    run(apt_get()
+        .args(["install", "--yes", "--no-install-recommends"])
+        .args(&packages))?;
+    drop(policy);
+    // The package enables its server for the next boot.
+    if packages.contains(&"prometheus") && Path::new("/run/systemd/system").is_dir() {
+        run(Command::new("systemctl").args(["disable", "--now", "prometheus"]))?;
+    }
+    Ok(())
+}
+
+/// While this lives, no package that is installed may start its daemon. Debian's way to say so is a program at a
+/// fixed path that ends with 101 ("action forbidden by policy").
+#[derive(Debug)]
+struct NoDaemons<'a> {
+    /// The file to remove at the end. Container images bring one of their own, which says the same and stays.
+    ours: Option<&'a Path>,
+}
+
+const POLICY_PATH: &str = "/usr/sbin/policy-rc.d";
+
+impl<'a> NoDaemons<'a> {
+    fn begin(path: &'a Path) -> Result<Self> {
+        if path.exists() {
+            return Ok(Self { ours: None });
+        }
+        let policy = Self { ours: Some(path) };
+        fs::write(path, "#!/bin/sh\nexit 101\n")
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        fs::set_permissions(path, Permissions::from_mode(0o755))
+            .with_context(|| format!("cannot make {} executable", path.display()))?;
+        Ok(policy)
+    }
+}
+
+impl Drop for NoDaemons<'_> {
+    fn drop(&mut self) {
+        if let Some(path) = self.ours
+            && let Err(error) = fs::remove_file(path)
+        {
+            let path = path.display();
+            eprintln!("{path} could not be removed ({error}): until it is, no package starts its daemon");
+        }
+    }
+}
+
+fn is_root() -> bool {
+    let output = Command::new("id").arg("-u").output();
+    output.is_ok_and(|output| output.stdout.trim_ascii() == b"0")
+}
+
+/// Whether a command is there and ends well; it shows nothing.
+fn succeeds(words: &[&str]) -> bool {
+    let Some((program, arguments)) = words.split_first() else {
+        return false;
+    };
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command.status().is_ok_and(|status| status.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_probe_tells_presence_from_absence() {
+        assert!(succeeds(&["true"]));
+        assert!(!succeeds(&["false"]) && !succeeds(&["no-such-command-anywhere"]) && !succeeds(&[]));
+    }
+
+    #[test]
+    fn the_policy_forbids_daemons_while_it_lives_and_spares_another_s() {
+        let path = std::env::temp_dir().join(format!("xtask-policy-{}", std::process::id()));
+        let policy = NoDaemons::begin(&path).expect("a writable directory");
+        drop(NoDaemons::begin(&path).expect("one that is there is left alone"));
+        let status = Command::new("sh").arg(&path).status().expect("a shell");
+        assert_eq!(status.code(), Some(101));
+        assert_eq!(
+            fs::metadata(&path).expect("the file").permissions().mode() & 0o777,
+            0o755
+        );
+        drop(policy);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn advice_names_the_tool_its_packages_and_what_is_skipped() {
+        for tool in &TOOLS {
+            let advice = tool.advice();
+            for part in [tool.name, tool.debian_package, tool.brew_formula, tool.needed_by] {
+                assert!(advice.contains(part), "no `{part}` in: {advice}");
+            }
+        }
+    }
+}
