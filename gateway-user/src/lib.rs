@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! vllm-gateway: which team an LLM request was for, how long each phase took, and how many tokens it used.
 
 pub mod admin;
@@ -11,6 +10,3 @@ pub mod metrics;
 pub mod net;
 pub mod proxy;
 pub mod wire;
-=======
-//! placeholder
->>>>>>> sim

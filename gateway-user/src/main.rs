@@ -3,7 +3,7 @@
 use anyhow::Context;
 use clap::Parser;
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -54,7 +54,8 @@ fn environment(name: &str) -> Option<OsString> {
 /// Logs go to standard error; `RUST_LOG` overrides the configured level.
 fn start_log(config: &LogConfig) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(config.level.as_str()));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let colours = io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(colours);
     match config.format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),
