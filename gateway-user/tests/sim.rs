@@ -9,7 +9,7 @@ use std::net::Shutdown;
 use std::path::PathBuf;
 use std::process::Command;
 
-use support::{DEADLINE, Sim, event_sequence, parse_answer, post, read_answer, structure};
+use support::{DEADLINE, Sim, event_sequence, parse_answer, post, read_answer, read_pipelined, structure};
 
 const STREAM: &str = r#"{"model":"tiny","prompt":"Shared GPUs","max_tokens":2000,"ignore_eos":true,"stream":true,"stream_options":{"include_usage":true,"continuous_usage_stats":true}}"#;
 
@@ -19,7 +19,7 @@ const TIMED: [&str; 8] = [
     "tiny",
     "--introspect",
     "--step-base-us",
-    "3000",
+    "10000",
     "--prefill-us-per-token",
     "1",
     "--decode-us-per-seq=1",
@@ -90,10 +90,11 @@ fn every_answer_is_built_as_the_real_ones() {
         let mut stream = sim.connect();
         stream.write_all(&fixture.request).unwrap();
         let mut real = fixture.response.as_slice();
+        let mut received = Vec::new();
         while !real.is_empty() {
             let (expected, length) = parse_answer(real).expect("the fixture is an answer");
             real = &real[length..];
-            let answer = read_answer(&mut stream);
+            let answer = read_pipelined(&mut stream, &mut received);
             let name = &fixture.name;
             assert_eq!(answer.status, expected.status, "{name}");
             assert_eq!(answer.header_names(), expected.header_names(), "{name}");
@@ -118,11 +119,11 @@ fn every_answer_is_built_as_the_real_ones() {
                 assert_eq!(of(&answer.body), of(&expected.body), "{name}");
                 continue;
             }
-            assert_eq!(
-                event_sequence(&answer.body),
-                event_sequence(&expected.body),
-                "{name}"
-            );
+            let sequences = [&answer.body, &expected.body].map(|body| match name.contains("n2") {
+                true => first_of_each(event_sequence(body)),
+                false => event_sequence(body),
+            });
+            assert_eq!(sequences[0], sequences[1], "{name}");
             for chunk in &answer.chunks {
                 assert!(
                     chunk.ends_with("\n\n") && chunk.matches("\n\n").count() == 1,
@@ -179,9 +180,10 @@ fn every_exchange_moves_the_counters_as_the_real_one_did() {
         let before = sim.metrics();
         let mut stream = sim.connect();
         stream.write_all(&fixture.request).unwrap();
-        read_answer(&mut stream);
+        let mut received = Vec::new();
+        read_pipelined(&mut stream, &mut received);
         if fixture.name == "keepalive_two_requests" {
-            read_answer(&mut stream);
+            read_pipelined(&mut stream, &mut received);
         }
         let after = sim.metrics();
         let name = &fixture.name;
@@ -254,7 +256,7 @@ fn usage_and_counters_stand_in_the_same_relation() {
     }
 }
 
-/// Reads events until `count` of them have come, then leaves by `leave`; returns the last `completion_tokens` that
+/// Reads events until `count` of them have come, then closes or half-closes; returns the last `completion_tokens` that
 /// came before the connection's end.
 fn abort_after(sim: &Sim, count: usize, half_close: bool) -> u64 {
     let mut stream = sim.connect();
@@ -296,12 +298,11 @@ fn abort_after(sim: &Sim, count: usize, half_close: bool) -> u64 {
 fn an_abort_stops_the_engine_and_keeps_what_ran() {
     for half_close in [false, true] {
         let sim = Sim::start(&TIMED);
-        let read = abort_after(&sim, 18, half_close);
+        let read = abort_after(&sim, 6, half_close);
         let engine = sim.metric("vllm:generation_tokens_total") as u64;
-        // A client that closes hears no more; one that half-closes gets what was generated until then.
-        let slack = if half_close { 0 } else { 1 };
+        // The step that ends while the client leaves may count and not arrive; no later one may run.
         assert!(
-            engine >= read && engine <= read + slack,
+            engine == read || engine == read + 1,
             "half_close {half_close}: read {read}, engine {engine}"
         );
         assert_eq!(sim.metric("vllm:request_success_total"), 0.0);

@@ -159,21 +159,26 @@ impl Answer {
 
 /// Reads one answer; what is missing at the connection's end shows in `complete`.
 pub fn read_answer(stream: &mut TcpStream) -> Answer {
-    let mut bytes = Vec::new();
+    read_pipelined(stream, &mut Vec::new())
+}
+
+/// Reads one answer of several; `bytes` keeps what came of the next one.
+pub fn read_pipelined(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> Answer {
     loop {
-        if let Some((answer, _)) = parse_answer(&bytes)
+        if let Some((answer, length)) = parse_answer(bytes)
             && answer.complete
         {
+            bytes.drain(..length);
             return answer;
         }
         let mut buffer = [0; 65536];
         match stream.read(&mut buffer) {
             Ok(0) => break,
             Ok(read) => bytes.extend_from_slice(&buffer[..read]),
-            Err(error) => panic!("no complete answer: {error}\n{}", String::from_utf8_lossy(&bytes)),
+            Err(error) => panic!("no complete answer: {error}\n{}", String::from_utf8_lossy(bytes)),
         }
     }
-    parse_answer(&bytes).expect("an answer has a head").0
+    parse_answer(bytes).expect("an answer has a head").0
 }
 
 /// Takes the first answer off `bytes`; the second part is how long it was.
