@@ -1,4 +1,8 @@
 //! The HTTP side: accepts connections, and gives responses the head that uvicorn gives them.
+//!
+//! Where hyper differs from uvicorn on the wire: chunk sizes are upper-case hexadecimal, a whole answer's head and
+//! body leave in one write, the keep-alive time also runs before a connection's first request, and an abort behind
+//! pipelined bytes is noticed only when something is written.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
