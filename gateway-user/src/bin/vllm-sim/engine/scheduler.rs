@@ -284,6 +284,7 @@ impl Scheduler {
         }
     }
 
+    /// Ends a sequence's share of the step; what came out of it, if it has computed all that it knew.
     fn advance(&mut self, slot: usize, now_ns: u64) -> Option<Output> {
         let seq = self.seqs[slot].as_mut()?;
         let chunk = std::mem::take(&mut seq.scheduled);
@@ -291,7 +292,7 @@ impl Scheduler {
             return None;
         }
         seq.computed += chunk;
-        if self.kv.shares() && seq.last_token_ns == 0 {
+        if seq.last_token_ns == 0 {
             let full = (seq.computed / self.limits.block_size) as usize;
             let blocks = &seq.spec.prompt.blocks;
             self.kv.publish(&mut seq.held, &blocks[..full.min(blocks.len())]);
@@ -300,32 +301,12 @@ impl Scheduler {
             return None;
         }
         let request = self.requests.get_mut(&seq.request)?;
-        let stats = &mut self.stats;
-        let mut tokens = 0;
-        if seq.last_token_ns == 0 {
-            let (all, cached) = (seq.spec.prompt.tokens, seq.cached.unwrap_or(0));
-            stats.prompt_tokens += u64::from(all);
-            stats.prompt_tokens_cached += u64::from(cached);
-            stats.prompt_tokens_computed += u64::from(all - cached);
-            request.counted_prompt += u64::from(all);
-            tokens += all - cached;
-            seq.first_token_ns = now_ns;
-            stats
-                .time_to_first_token
-                .observe(seconds(now_ns - request.submission.arrived_ns));
-            if seq.choice == 0 {
-                request.first.first_token_ns = now_ns;
-            }
-        } else {
-            stats
-                .inter_token_latency
-                .observe(seconds(now_ns - seq.last_token_ns));
-        }
+        let mut tokens = count_prompt_or_gap(&mut self.stats, seq, request, now_ns);
         seq.last_token_ns = now_ns;
         if seq.spec.target > 0 {
             seq.generated += 1;
             tokens += 1;
-            stats.generation_tokens += 1;
+            self.stats.generation_tokens += 1;
             request.counted_completion += 1;
         }
         let ended = seq.generated >= seq.spec.target;
@@ -429,6 +410,30 @@ impl Scheduler {
 struct Output {
     tokens: u32,
     ended: bool,
+}
+
+/// With a first token the prompt counts, as a whole, and returns the tokens computed for it; with any other the gap
+/// since the last one does.
+fn count_prompt_or_gap(stats: &mut Stats, seq: &mut Seq, request: &mut Request, now_ns: u64) -> u32 {
+    if seq.last_token_ns != 0 {
+        stats
+            .inter_token_latency
+            .observe(seconds(now_ns - seq.last_token_ns));
+        return 0;
+    }
+    let (all, cached) = (seq.spec.prompt.tokens, seq.cached.unwrap_or(0));
+    stats.prompt_tokens += u64::from(all);
+    stats.prompt_tokens_cached += u64::from(cached);
+    stats.prompt_tokens_computed += u64::from(all - cached);
+    stats
+        .time_to_first_token
+        .observe(seconds(now_ns - request.submission.arrived_ns));
+    request.counted_prompt += u64::from(all);
+    seq.first_token_ns = now_ns;
+    if seq.choice == 0 {
+        request.first.first_token_ns = now_ns;
+    }
+    all - cached
 }
 
 #[cfg(test)]
