@@ -435,3 +435,6 @@ fn may_begin_response(bytes: &[u8]) -> bool {
     let shorter = bytes.len().min(START.len());
     bytes[..shorter] == START[..shorter]
 }
+
+#[cfg(test)]
+mod tests;
