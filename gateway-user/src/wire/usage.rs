@@ -26,24 +26,24 @@ pub(super) enum Member {
 
 impl Member {
     /// The member of `usage` with this name.
-    pub(super) fn of_usage(key: &str) -> Option<Member> {
+    pub(super) fn of_usage(key: &[u8]) -> Option<Member> {
         Some(match key {
-            "prompt_tokens" | "input_tokens" => Member::Prompt,
-            "completion_tokens" | "output_tokens" => Member::Completion,
-            "total_tokens" => Member::Total,
-            "cache_read_input_tokens" => Member::CacheRead,
-            "cache_creation_input_tokens" => Member::CacheCreation,
-            "prompt_tokens_details" | "input_tokens_details" => Member::PromptDetails,
-            "completion_tokens_details" | "output_tokens_details" => Member::CompletionDetails,
+            b"prompt_tokens" | b"input_tokens" => Member::Prompt,
+            b"completion_tokens" | b"output_tokens" => Member::Completion,
+            b"total_tokens" => Member::Total,
+            b"cache_read_input_tokens" => Member::CacheRead,
+            b"cache_creation_input_tokens" => Member::CacheCreation,
+            b"prompt_tokens_details" | b"input_tokens_details" => Member::PromptDetails,
+            b"completion_tokens_details" | b"output_tokens_details" => Member::CompletionDetails,
             _ => return None,
         })
     }
 
     /// The member with this name of an object within `usage`.
-    pub(super) fn of_details(self, key: &str) -> Option<Member> {
+    pub(super) fn of_details(self, key: &[u8]) -> Option<Member> {
         match (self, key) {
-            (Member::PromptDetails, "cached_tokens") => Some(Member::Cached),
-            (Member::CompletionDetails, "reasoning_tokens") => Some(Member::Reasoning),
+            (Member::PromptDetails, b"cached_tokens") => Some(Member::Cached),
+            (Member::CompletionDetails, b"reasoning_tokens") => Some(Member::Reasoning),
             _ => None,
         }
     }
