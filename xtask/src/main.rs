@@ -1,5 +1,6 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
+mod fuzz;
 mod stage;
 mod test;
 mod tidy;
@@ -21,6 +22,8 @@ struct Cli {
 enum Command {
     /// Install what the tests need, then check formatting, lints and documentation, and run all tests.
     Test,
+    /// Feed random and mutated bytes to whatever reads the network (needs a nightly compiler).
+    Fuzz(fuzz::Options),
 }
 
 fn main() -> Result<()> {
@@ -28,6 +31,7 @@ fn main() -> Result<()> {
     let root = workspace_root()?;
     match cli.command {
         Command::Test => test::run(root),
+        Command::Fuzz(options) => fuzz::run(root, &options),
     }
 }
 
