@@ -137,6 +137,7 @@ pub async fn exchange(
             Ok(Answer { connection, head, early, sent_whole })
         }
         Err(Gone) => {
+            recording.unanswered();
             let ended = read_out(worker, &mut connection, request.method, early, recording).await;
             recording.end_at(ended, Ending::ClientGone);
             Err(Gone.into())
