@@ -10,6 +10,7 @@ use tracing_subscriber::EnvFilter;
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
 use vllm_gateway::config::{Capture, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::gateway::Gateway;
+use vllm_gateway::net;
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
@@ -34,6 +35,7 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         eprintln!("capture: {} needs the kernel probe, which this build does not have; set `auto` or `proxy`", config.capture);
         return Ok(ExitCode::from(EXIT_CONFIG));
     }
+    raise_descriptor_limit(config.proxy.max_connections);
     let upstreams: Vec<String> =
         config.upstreams.iter().map(|upstream| format!("{} at {}", upstream.name, upstream.url)).collect();
     let gateway = Gateway::build(config, Vec::new())?;
@@ -45,6 +47,20 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         tracing::info!(cut_off, "gateway has drained");
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Says what the system allows: with too few descriptors, clients would wait where `max_connections` says they need not.
+fn raise_descriptor_limit(max_connections: u32) {
+    let Some(descriptors) = net::raise_descriptor_limit() else { return };
+    let clients = net::clients_within(descriptors);
+    if clients < u64::from(max_connections) {
+        tracing::warn!(
+            descriptors, clients, max_connections,
+            "the limit on open files serves fewer clients than proxy.max_connections; raise it (ulimit -Hn, LimitNOFILE) or lower that"
+        );
+    } else {
+        tracing::info!(descriptors, "open files and sockets are limited");
+    }
 }
 
 fn environment(name: &str) -> Option<OsString> {
