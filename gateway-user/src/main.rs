@@ -10,6 +10,7 @@ use tracing_subscriber::EnvFilter;
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
 use vllm_gateway::config::{Capture, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::gateway::Gateway;
+use vllm_gateway::net;
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
@@ -37,6 +38,7 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         );
         return Ok(ExitCode::from(EXIT_CONFIG));
     }
+    raise_descriptor_limit(config.proxy.max_connections);
     let upstreams: Vec<String> = config
         .upstreams
         .iter()
@@ -51,6 +53,24 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         tracing::info!(cut_off, "gateway has drained");
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Says what the system allows: with too few descriptors, clients would wait where `max_connections` says they need not.
+fn raise_descriptor_limit(max_connections: u32) {
+    let Some(descriptors) = net::raise_descriptor_limit() else {
+        return;
+    };
+    let clients = net::clients_within(descriptors);
+    if clients < u64::from(max_connections) {
+        tracing::warn!(
+            descriptors,
+            clients,
+            max_connections,
+            "the limit on open files serves fewer clients than proxy.max_connections; raise it (ulimit -Hn, LimitNOFILE) or lower that"
+        );
+    } else {
+        tracing::info!(descriptors, "open files and sockets are limited");
+    }
 }
 
 fn environment(name: &str) -> Option<OsString> {

@@ -113,6 +113,8 @@ impl Forward<'_> {
                 .try_upstream(&upstream, &body, model.as_deref(), received)
                 .await?
             {
+                // Nobody needs the prompt any more, and its answer may take minutes.
+                drop(body);
                 return self.respond(answer, place, model.as_deref()).await;
             }
         }

@@ -157,6 +157,7 @@ pub async fn exchange(
             })
         }
         Err(Gone) => {
+            recording.unanswered();
             let ended = read_out(worker, &mut connection, request.method, early, recording).await;
             recording.end_at(ended, Ending::ClientGone);
             Err(Gone.into())

@@ -5,8 +5,8 @@
 //! texts are looked at for being empty or not, and never kept.
 //!
 //! What a server does not say stays unknown. Where a stream breaks off before its final usage, the last usage that it carried counts
-//! ([`UsageSource::Continuous`]); where it carried none, only the number of chunks is known ([`UsageSource::Counted`]), which is no
-//! number of tokens, so the token counts stay empty.
+//! ([`UsageSource::Continuous`]); where it carried none, or told of the prompt alone, only the number of chunks is known
+//! ([`UsageSource::Counted`]), which is no number of tokens, so the count of generated tokens stays empty.
 
 pub use super::facts::*;
 
@@ -225,7 +225,9 @@ impl Exchange {
         let started = self.counts.start.map(|usage| usage.tokens(Some(1)));
         let known = [Some(running), started].into_iter().flatten();
         match known.into_iter().find(|tokens| *tokens != Tokens::default()) {
-            Some(tokens) => (tokens, UsageSource::Continuous),
+            Some(tokens) if tokens.completion.is_some() => (tokens, UsageSource::Continuous),
+            // Messages: the prompt was told at the start, what was generated never. Half a usage is not to be billed as a whole one.
+            Some(tokens) => (tokens, UsageSource::Counted),
             None if self.chunks > 0 => (Tokens::default(), UsageSource::Counted),
             None => (Tokens::default(), UsageSource::None),
         }

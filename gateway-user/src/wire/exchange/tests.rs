@@ -527,3 +527,15 @@ proptest! {
         prop_assert_eq!(facts.response_bytes, text.len() as u64);
     }
 }
+
+#[test]
+fn half_a_usage_is_not_a_continuous_one() {
+    let start = r#"{"type":"message_start","message":{"usage":{"input_tokens":7,"output_tokens":0}}}"#;
+    let text = r#"{"type":"content_block_delta","delta":{"type":"text_delta","text":"a"}}"#;
+    let facts = stream("/v1/messages", "{}", &[start, text], Ending::ClientGone);
+    assert_eq!(facts.usage_source, UsageSource::Counted);
+    assert_eq!(
+        (facts.tokens.prompt, facts.tokens.completion, facts.chunks),
+        (Some(7), None, 1)
+    );
+}
