@@ -15,6 +15,10 @@ use crate::config::{HeaderName, IdentityConfig};
 /// Longest value, in bytes: enough for any name or UUID, and a bound on what a client can make a label of.
 pub const VALUE_BYTES_MAX: usize = 128;
 
+/// What the names of the gateway's own lines begin with: `__other__`, `__idle__`, `__direct__`. A client that could take such a name
+/// would hide its requests, and their cost, among them.
+const RESERVED_PREFIX: &str = "__";
+
 /// Longest quotation of a client's value in an error; it goes into response bodies and logs.
 const QUOTE_CHARS_MAX: usize = 64;
 
@@ -123,7 +127,7 @@ impl IdentityRules {
             header: self.team.clone(),
         })?;
         Ok(Identity {
-            team: named(&self.team, TeamId::parse(team))?,
+            team: named(&self.team, client_team(team))?,
             project: optional(project)
                 .map(|value| named(&self.project, Project::parse(value)))
                 .transpose()?,
@@ -202,6 +206,23 @@ pub enum ValueError {
         /// The value, escaped and cut.
         quoted: String,
     },
+    /// A team whose name only the gateway itself may use.
+    #[error(
+        "names that begin with {RESERVED_PREFIX} are reserved for the gateway's own lines, found \"{quoted}\""
+    )]
+    Reserved {
+        /// The value, cut.
+        quoted: String,
+    },
+}
+
+/// A team as a client may name it.
+fn client_team(value: &[u8]) -> Result<TeamId, ValueError> {
+    let team = TeamId::parse(value)?;
+    if team.as_str().starts_with(RESERVED_PREFIX) {
+        return Err(ValueError::Reserved { quoted: quote(value) });
+    }
+    Ok(team)
 }
 
 fn parse_value(value: &[u8]) -> Result<&str, ValueError> {
@@ -341,6 +362,20 @@ mod tests {
             "header X-Team-ID: expected 1 to 128 visible ASCII characters, found 129",
         );
         assert!(identify(&[("X-Team-ID", &"x".repeat(128))]).is_ok());
+    }
+
+    #[test]
+    fn the_gateways_own_lines_cannot_be_charged_by_a_client() {
+        for team in ["__other__", "__idle__", "__direct__", "__"] {
+            check_refused(
+                &[("X-Team-ID", team)],
+                &format!(
+                    "header X-Team-ID: names that begin with __ are reserved for the gateway's own lines, found \"{team}\""
+                ),
+            );
+        }
+        let identity = identify(&[("X-Team-ID", "_search__"), ("X-Project", "__other__")]).unwrap();
+        assert_eq!(identity.team.as_str(), "_search__", "one underscore is nobody's");
     }
 
     #[test]

@@ -83,8 +83,9 @@ impl Client {
         let deadline = Instant::now() + limit;
         let mut looked_at = 0;
         loop {
-            // A head can only become whole, or wrong, by a line end or by its length.
-            let has_news = memchr::memchr(b'\n', &self.unread[looked_at..]).is_some();
+            // Later a head can only become whole, or wrong, by a line end or by its length; but a client that speaks TLS to this
+            // port is told so by its first byte, and would wait for ever for the answer to its greeting.
+            let has_news = looked_at == 0 || memchr::memchr(b'\n', &self.unread[looked_at..]).is_some();
             if has_news || self.unread.len() >= max_bytes {
                 match RequestHead::parse(&self.unread, max_bytes) {
                     Ok(Some((head, len))) => {
@@ -154,6 +155,13 @@ impl Client {
     /// Sends `bytes`.
     pub async fn send(&mut self, bytes: &[u8]) -> Result<(), Gone> {
         self.split().1.send(bytes).await
+    }
+
+    /// Makes the end of the connection look like the failure it is: where a body lasts until the connection ends, an orderly end
+    /// would pass a part of it off as the whole.
+    pub fn reset_when_dropped(&self) {
+        // If it cannot be set, the connection is in no state to end in an orderly way either.
+        let _ = SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
     }
 
     /// Ends the connection such that the client still reads what was sent: says that nothing more comes, then reads for a

@@ -133,7 +133,9 @@ impl Forward<'_> {
             .identify(fields.iter().map(|field| (field.name, field.value)))
             .map_err(|error| Refusal::Identity(error.to_string()))?;
         self.recording.identified(&identity);
-        if fields.get("expect").is_some() && !self.head.expects_continue() {
+        // HTTP/1.0 clients get no interim response, and what they expect is to be ignored (RFC 9110, section 10.1.1).
+        let expects = self.head.minor_version() == 1 && fields.get("expect").is_some();
+        if expects && !self.head.expects_continue() {
             return Err(Refusal::Expectation);
         }
         if self.endpoint.purpose() == Purpose::Administer && !shared.config.proxy.allow_admin_routes {
@@ -288,6 +290,7 @@ impl Forward<'_> {
             rechunked: self.head.framing() == Framing::Chunked,
             method: self.head.method(),
             interim: self.head.minor_version() == 1,
+            upgrade: self.head.wants_upgrade(),
         };
         let answer =
             send::exchange(self.worker, self.client, connection, request, &mut self.recording).await?;

@@ -39,21 +39,19 @@ pub struct Receiver<'a, 'c> {
 }
 
 impl Receiver<'_, '_> {
-    /// Reads the body if it is no larger than `inspect_max`, else only its beginning.
+    /// Reads the body if it is no larger than `inspect_max`, else only its beginning. A length that the head names was held against
+    /// `max_body` already.
     ///
     /// # Errors
     /// [`Stop::Refused`] for a broken or too large body, or too slow a client, [`Stop::Gone`] when the client left.
     pub async fn receive(&mut self, framing: Framing) -> Result<Body, Stop> {
-        let inspect_max = self.limits.inspect_max.as_len();
+        let (inspect_max, max_body) = (self.limits.inspect_max.as_len(), self.limits.max_body.as_len());
         let mut rest = BodyReader::new(framing);
         let mut body = Vec::new();
-        if let Framing::Length(bytes) = framing {
-            if bytes > self.limits.max_body.as_len() as u64 {
-                return Err(Refusal::BodyTooLarge(self.limits.max_body.as_len() as u64).into());
-            }
-            if bytes > inspect_max as u64 {
-                return Ok(Body::Begun { first: body, rest });
-            }
+        if let Framing::Length(bytes) = framing
+            && bytes > inspect_max as u64
+        {
+            return Ok(Body::Begun { first: body, rest });
         }
         while !rest.is_done() {
             if body.len() > inspect_max {
@@ -61,6 +59,9 @@ impl Receiver<'_, '_> {
             }
             let input = self.input().await?;
             self.take(&input, &mut rest, |payload| body.extend_from_slice(payload))?;
+            if body.len() > max_body {
+                return Err(Refusal::BodyTooLarge(max_body as u64).into());
+            }
         }
         Ok(Body::Whole(body))
     }

@@ -15,6 +15,9 @@ use std::io::Write;
 /// Capacity that is kept between chunks: a chunk with one token is 220 to 400 bytes.
 const KEPT_BYTES: usize = 1024;
 
+/// A chunk of the upstream that is larger than this goes on in several: its size must not decide how much memory a stream takes.
+const BUILT_BYTES_MAX: usize = 64 * 1024;
+
 /// What is done with the events of a response.
 pub enum Edit {
     /// Nothing.
@@ -82,7 +85,7 @@ impl Relay {
         let done = self.steps(&mut rest, at, observer, out)?;
         if done {
             self.end(out);
-        } else if !self.reader.is_inside_chunk() {
+        } else if !self.reader.is_inside_chunk() || self.building.len() >= BUILT_BYTES_MAX {
             self.flush(out);
         }
         Ok(Progress {

@@ -4,6 +4,7 @@ use super::buffer::Bytes;
 use super::client::{Client, Gone};
 use super::forward::Next;
 use super::recording::Recording;
+use super::refusal::Refusal;
 use super::relay::{Edit, Relay};
 use super::rewrite::{self, Delivered};
 use super::upstream::{Place, UpstreamConnection};
@@ -76,7 +77,11 @@ pub async fn deliver(
         return tunnel(client, connection, &out, &early, recording).await;
     }
     let mut relay = Relay::new(head.framing(), delivered, edit);
-    let surplus = stream(worker, client, &mut connection, &mut relay, out, early, recording).await?;
+    let streamed = stream(worker, client, &mut connection, &mut relay, out, early, recording).await;
+    if ends_at_close && matches!(streamed, Err(Stop::Broken(..))) {
+        client.reset_when_dropped();
+    }
+    let surplus = streamed?;
     if let (Some(lesson), Some(model)) = (relay.lesson(), request.model) {
         worker.shared.learned.note(place.upstream().name(), model, lesson);
     }
@@ -103,9 +108,10 @@ async fn stream(
     let limits = &shared.config.proxy;
     let (mut reader, mut writer) = client.split();
     let (mut upstream, mut upstream_writer) = connection.stream.split();
+    // Nothing has gone to the client yet, so that it can still be told.
     let progress = relay
         .feed(&early, shared.clock.now(), recording.exchange(), &mut out)
-        .map_err(bad_framing)?;
+        .map_err(|_| Refusal::BadUpstream)?;
     if relay.is_verbatim() {
         out.extend_from_slice(&early[..progress.consumed]);
     }
@@ -156,9 +162,10 @@ async fn stream(
                 }
                 out.shrink_to(KEPT_BYTES);
             }
-            Event::Read(_) => {
+            Event::Read(read) => {
                 out.clear();
-                if relay.closed(&mut out) {
+                // A reset ends nothing properly, not even a body that ends with the connection.
+                if relay.closed(&mut out) && read.is_ok() {
                     recording.end(Ending::Complete);
                     writer.send(&out).await?;
                     return Ok(true);

@@ -124,7 +124,7 @@ pub fn response_head(
 ) {
     let fields = head.fields();
     let upgraded = head.status() == 101;
-    out.extend_from_slice(head.status_line());
+    status_line(head, out);
     for field in fields.iter() {
         let is = |name: &str| field.name.eq_ignore_ascii_case(name);
         let framing = is("transfer-encoding") || is("content-length");
@@ -146,6 +146,23 @@ pub fn response_head(
         out.extend_from_slice(b"connection: close\r\n");
     }
     out.extend_from_slice(b"\r\n");
+}
+
+/// Writes an interim head (1xx) for the client.
+pub fn interim_head(head: &ResponseHead, out: &mut Vec<u8>) {
+    let fields = head.fields();
+    status_line(head, out);
+    for field in fields.iter().filter(|field| !is_hop_by_hop(fields, field.name)) {
+        out.extend_from_slice(field.line);
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+/// The version is the gateway's own, since it speaks for its side of the connection only: a client must not take `chunked`, or a
+/// connection that is kept, for an HTTP/1.0 server's mistake.
+fn status_line(head: &ResponseHead, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"HTTP/1.1");
+    out.extend_from_slice(head.status_line().get(b"HTTP/1.x".len()..).unwrap_or(b"\r\n"));
 }
 
 /// Whether a response with this framing must be delivered otherwise to a client of that version.
@@ -231,6 +248,40 @@ mod tests {
         let sent = "GET / HTTP/1.1\r\nHost: a\r\nAccept-Encoding: gzip\r\n\r\n";
         let expected = format!("GET / HTTP/1.1\r\nHost: a\r\nAccept-Encoding: identity\r\n{ADDED}");
         assert_eq!(rewritten(sent, Sent::AsFramed, &add), expected);
+    }
+
+    #[test]
+    fn a_response_of_an_old_server_gets_the_gateways_version() {
+        let text = "\r\nHTTP/1.0 200 Fine\r\nConnection: X-Hop\r\nX-Hop: 1\r\nServer: old\r\n\r\n";
+        let (head, _) = ResponseHead::parse(text.as_bytes(), 8_192, "GET")
+            .expect("good")
+            .expect("whole");
+        let mut out = Vec::new();
+        interim_head(&head, &mut out);
+        assert_eq!(
+            String::from_utf8(out).expect("text"),
+            "HTTP/1.1 200 Fine\r\nServer: old\r\n\r\n"
+        );
+    }
+
+    #[test]
+    fn only_a_websocket_is_upgraded_to() {
+        let upgrade = |method: &str, fields: &str| {
+            let sent = format!(
+                "{method} / HTTP/1.1\r\nHost: a\r\nConnection: upgrade, HTTP2-Settings\r\n{fields}\r\n"
+            );
+            rewritten(&sent, Sent::AsFramed, &ADD)
+        };
+        let kept =
+            format!("GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: WebSocket\r\n{ADDED}");
+        assert_eq!(upgrade("GET", "Upgrade: WebSocket\r\n"), kept);
+        let plain = |method: &str| format!("{method} / HTTP/1.1\r\nHost: a\r\n{ADDED}");
+        assert_eq!(
+            upgrade("GET", "Upgrade: h2c\r\nHTTP2-Settings: A\r\n"),
+            plain("GET")
+        );
+        assert_eq!(upgrade("GET", "Upgrade: websocket, h2c\r\n"), plain("GET"));
+        assert_eq!(upgrade("POST", "Upgrade: websocket\r\n"), plain("POST"));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use super::receive::{Body, Receiver};
 use super::recording::Recording;
 use super::refusal::Refusal;
 use super::respond::{Answer, read_out};
+use super::rewrite;
 use super::upstream::UpstreamConnection;
 use super::{Stop, Worker};
 use crate::wire::exchange::Ending;
@@ -37,6 +38,8 @@ pub struct Request<'a> {
     pub method: &'a str,
     /// Whether the client understands interim responses.
     pub interim: bool,
+    /// Whether the client asked to leave HTTP.
+    pub upgrade: bool,
 }
 
 /// Why no answer came.
@@ -100,6 +103,7 @@ pub async fn exchange(
     let (mut upstream_reader, mut upstream_writer) = connection.stream.split();
     let mut early = Vec::new();
     let (mut sent_whole, mut waiting_reader) = (false, None);
+    let mut answered = false;
     let head = {
         let mut sending = pin!(send(
             worker,
@@ -128,14 +132,15 @@ pub async fn exchange(
                 Event::Sent(Err(Unsent::Upstream)) => sending_done = true,
                 Event::Sent(Err(Unsent::Stop(stop))) => return Err(Failed::Stop(stop)),
                 Event::Read(Ok(bytes)) if !bytes.is_empty() => {
+                    answered = true;
                     early.extend_from_slice(&bytes);
-                    match parse(&mut early, &request, max_head)? {
-                        Parsed::Final(head) => break Ok(head),
-                        Parsed::Interim(interim) => client_writer.send(&interim).await?,
-                        Parsed::Partial => {}
+                    let Parsed { interim, head } = parse(&mut early, &request, max_head)?;
+                    client_writer.send(&interim).await?;
+                    if let Some(head) = head {
+                        break Ok(head);
                     }
                 }
-                Event::Read(_) if reused && early.is_empty() && started.elapsed() < STALE_WITHIN => {
+                Event::Read(_) if reused && !answered && started.elapsed() < STALE_WITHIN => {
                     return Err(Failed::Stale);
                 }
                 Event::Read(_) => return Err(Refusal::UpstreamClosed.into()),
@@ -173,29 +178,35 @@ async fn gone(reader: &mut Option<Reader<'_>>, max_bytes: usize) -> Gone {
     }
 }
 
-enum Parsed {
-    Partial,
-    Interim(Vec<u8>),
-    Final(ResponseHead),
+/// What the upstream has said so far.
+struct Parsed {
+    /// Interim responses for the client.
+    interim: Vec<u8>,
+    /// The head of the response itself.
+    head: Option<ResponseHead>,
 }
 
-/// Takes the next head out of `early`.
+/// Takes the heads that are whole out of `early`.
 fn parse(early: &mut Vec<u8>, request: &Request<'_>, max_head: usize) -> Result<Parsed, Refusal> {
     let mut interim = Vec::new();
     loop {
         let parsed =
             ResponseHead::parse(early, max_head, request.method).map_err(|_| Refusal::BadUpstream)?;
         match parsed {
-            None if interim.is_empty() => return Ok(Parsed::Partial),
-            None => return Ok(Parsed::Interim(interim)),
+            None => return Ok(Parsed { interim, head: None }),
+            // Nobody asked to leave HTTP: what follows could not be followed, and would pass uncounted.
+            Some((head, _)) if head.status() == 101 && !request.upgrade => return Err(Refusal::BadUpstream),
             Some((head, len)) => {
                 early.drain(..len);
                 if !head.is_interim() {
-                    return Ok(Parsed::Final(head));
+                    return Ok(Parsed {
+                        interim,
+                        head: Some(head),
+                    });
                 }
                 // The gateway has said `100 Continue` itself.
                 if request.interim && head.status() != 100 {
-                    interim.extend_from_slice(head.fields().raw());
+                    rewrite::interim_head(&head, &mut interim);
                 }
             }
         }

@@ -116,9 +116,19 @@ impl Endpoint {
     /// The route that a server behind this gateway would take for `path` (no query).
     pub fn classify(path: &str) -> Endpoint {
         match Endpoint::of_path(path) {
-            Endpoint::Other => Endpoint::of_path(&normalized(path)),
+            Endpoint::Other => Endpoint::of_unusual(path),
             known => known,
         }
+    }
+
+    fn of_unusual(path: &str) -> Endpoint {
+        let normalized = normalized(path);
+        // vLLM mounts its metrics at whatever begins like this, `/metricsX` and `/metrics/../x` included.
+        let is_metrics = |path: &str| path.starts_with(Endpoint::Metrics.name());
+        if is_metrics(&percent_decoded(path)) || is_metrics(&normalized) {
+            return Endpoint::Metrics;
+        }
+        Endpoint::of_path(&normalized)
     }
 }
 
@@ -167,6 +177,11 @@ mod tests {
             "/./sleep",
             "/v1/../sleep",
             "/%2e/sleep",
+            "/metrics/",
+            "/metricsX",
+            "/%6detrics/x",
+            "/metrics/../v1/models",
+            "//metrics/x",
         ] {
             assert_eq!(
                 Endpoint::classify(spelled).purpose(),

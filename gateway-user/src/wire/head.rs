@@ -226,8 +226,9 @@ impl RequestHead {
         else {
             return Err(HeadError::Version);
         };
+        // `CONNECT` names an authority; whoever forwards requests refuses the method, and says so better than this could.
         let target_ok = target.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#')
-            && (target.starts_with('/') || has_http_scheme(target));
+            && (target.starts_with('/') || is_http_url(target) || method == "CONNECT");
         if !target_ok {
             return Err(HeadError::Target);
         }
@@ -301,9 +302,19 @@ impl RequestHead {
                 .is_some_and(|value| value.eq_ignore_ascii_case(b"100-continue"))
     }
 
-    /// Whether the client asks to leave HTTP (WebSocket).
+    /// Whether the client asks to leave HTTP for a WebSocket, the one protocol that vLLM upgrades to. Any other, HTTP/2 above all, would be
+    /// a tunnel through which requests pass unseen.
     pub fn wants_upgrade(&self) -> bool {
-        self.fields.lists("connection", "upgrade") && self.fields.get("upgrade").is_some()
+        let mut protocols = self.fields.all("upgrade");
+        let to_websocket = protocols
+            .next()
+            .is_some_and(|value| value.eq_ignore_ascii_case(b"websocket"));
+        self.method() == "GET"
+            && self.minor == 1
+            && self.framing == Framing::None
+            && self.fields.lists("connection", "upgrade")
+            && to_websocket
+            && protocols.next().is_none()
     }
 }
 
@@ -336,6 +347,9 @@ impl ResponseHead {
         let (Some(status), Some(minor)) = (response.code, response.version) else {
             return Err(HeadError::Version);
         };
+        if status < 100 {
+            return Err(HeadError::Malformed(httparse::Error::Status));
+        }
         let fields = Fields::new(&buf[..len], response.headers);
         let named = fields.length_fields(minor)?;
         let bodiless = method == "HEAD" || matches!(status, 100..=199 | 204 | 304);
@@ -367,8 +381,10 @@ impl ResponseHead {
 
     /// The status line with its CRLF.
     pub fn status_line(&self) -> &[u8] {
-        let end = memchr::memchr(b'\n', &self.fields.raw).map_or(self.fields.raw.len(), |at| at + 1);
-        &self.fields.raw[..end]
+        // A server may send an empty line before it.
+        let line = self.fields.raw.trim_ascii_start();
+        let end = memchr::memchr(b'\n', line).map_or(line.len(), |at| at + 1);
+        &line[..end]
     }
 
     /// How the body's length is found.
@@ -411,13 +427,15 @@ fn decimal(value: &[u8]) -> Option<u64> {
     std::str::from_utf8(value).ok()?.parse().ok()
 }
 
-fn has_http_scheme(target: &str) -> bool {
-    let scheme = |prefix: &str| {
-        target
-            .get(..prefix.len())
-            .is_some_and(|head| head.eq_ignore_ascii_case(prefix))
+/// Whether `target` is an absolute URL with an authority, followed by a path or by nothing. A query right behind the authority could
+/// hold a slash, where one reader begins the path and another does not.
+fn is_http_url(target: &str) -> bool {
+    let Some((scheme, rest)) = target.split_once("://") else {
+        return false;
     };
-    scheme("http://") || scheme("https://")
+    let authority = rest.split('/').next().unwrap_or("");
+    let known_scheme = scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
+    known_scheme && !authority.is_empty() && !authority.contains('?')
 }
 
 fn refused(error: httparse::Error) -> HeadError {
@@ -533,6 +551,16 @@ mod tests {
         };
         assert_eq!(target("http://h:1/v1/models?x"), "/v1/models?x");
         assert_eq!(target("HTTP://h"), "/");
+        for bad in [
+            "http://",
+            "http:///v1/models",
+            "http://h?a=/sleep",
+            "ftp://h/",
+            "h:1",
+        ] {
+            let refused = request(&format!("GET {bad} HTTP/1.1\r\nHost: a\r\n\r\n")).unwrap_err();
+            assert_eq!(refused, HeadError::Target, "{bad}");
+        }
     }
 
     #[test]
@@ -567,6 +595,16 @@ mod tests {
             framing("HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n", "GET"),
             Framing::Chunked
         );
+        assert_eq!(
+            response("\r\nHTTP/1.1 200 OK\r\n\r\n", "GET")
+                .unwrap()
+                .status_line(),
+            b"HTTP/1.1 200 OK\r\n"
+        );
+        assert!(matches!(
+            response("HTTP/1.1 099 No\r\n\r\n", "GET"),
+            Err(HeadError::Malformed(_))
+        ));
         assert!(
             response("HTTP/1.1 100 Continue\r\n\r\n", "POST")
                 .unwrap()

@@ -16,6 +16,8 @@ use vllm_gateway::config::Config;
 use vllm_gateway::event::{EventSink, RequestEvent};
 use vllm_gateway::gateway::Gateway;
 
+pub mod upstream;
+
 /// How long a test waits for something that must happen. Far above what it takes, for a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
