@@ -6,6 +6,7 @@ use crate::event::EventSink;
 use crate::metrics::{Limits, Metrics, MetricsError};
 use crate::net::{self, BindError};
 use crate::proxy::{Shared, Worker, accept, health};
+use crate::vllm::{SampleSink, scrape::Scraper};
 use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -34,6 +35,7 @@ pub struct Gateway {
     listeners: Vec<TcpListener>,
     admin: AdminServer,
     readiness: Readiness,
+    sample_sinks: Vec<Arc<dyn SampleSink>>,
 }
 
 impl Gateway {
@@ -56,12 +58,20 @@ impl Gateway {
         })?;
         let readiness = Readiness::default();
         let admin = AdminServer::bind(config.admin.listen, metrics.clone(), readiness.clone())?;
+        let shared = Shared::new(config, metrics, sinks);
         Ok(Gateway {
-            shared: Shared::new(config, metrics, sinks),
+            shared,
             listeners,
             admin,
             readiness,
+            sample_sinks: Vec::new(),
         })
+    }
+
+    /// What the upstreams say of themselves goes to `sinks` too.
+    pub fn with_sample_sinks(mut self, sinks: Vec<Arc<dyn SampleSink>>) -> Gateway {
+        self.sample_sinks = sinks;
+        self
     }
 
     /// Where clients connect.
@@ -106,12 +116,21 @@ impl Gateway {
             listeners,
             admin,
             readiness,
+            sample_sinks,
         } = self;
         let (admin_end, admin_ended) = watch::channel(false);
         let admin = tokio::spawn(admin.run(admin_ended));
         let mut checks = tokio::task::JoinSet::new();
         for upstream in shared.upstreams.iter() {
             checks.spawn(health::watch(Arc::clone(&shared), Arc::clone(upstream)));
+            let metrics = shared.metrics.scrape(upstream.name());
+            let scraper = Scraper::new(
+                shared.ids.gateway_id(),
+                upstream.config(),
+                metrics,
+                sample_sinks.clone(),
+            );
+            checks.spawn(scraper.run(shared.config.vllm.scrape_interval));
         }
         let serving = start_workers(&shared, listeners)?;
         readiness.set(State::Ready);
