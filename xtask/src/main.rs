@@ -1,5 +1,6 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
+mod bench;
 mod stage;
 mod test;
 mod tidy;
@@ -21,6 +22,9 @@ struct Cli {
 enum Command {
     /// Install what the tests need, then check formatting, lints and documentation, and run all tests.
     Test,
+    /// Measure; for a quiet machine, and no part of the tests.
+    #[command(subcommand)]
+    Bench(bench::Bench),
 }
 
 fn main() -> Result<()> {
@@ -28,6 +32,7 @@ fn main() -> Result<()> {
     let root = workspace_root()?;
     match cli.command {
         Command::Test => test::run(root),
+        Command::Bench(bench) => bench::run(root, &bench),
     }
 }
 
