@@ -1,5 +1,6 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
+mod bench;
 mod fuzz;
 mod stage;
 mod test;
@@ -22,6 +23,9 @@ struct Cli {
 enum Command {
     /// Install what the tests need, then check formatting, lints and documentation, and run all tests.
     Test,
+    /// Measure; for a quiet machine, and no part of the tests.
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Feed random and mutated bytes to whatever reads the network (needs a nightly compiler).
     Fuzz(fuzz::Options),
 }
@@ -31,6 +35,7 @@ fn main() -> Result<()> {
     let root = workspace_root()?;
     match cli.command {
         Command::Test => test::run(root),
+        Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
     }
 }

@@ -23,7 +23,7 @@ pub fn run(root: &Path) -> Result<()> {
         command
     };
     let mut stages = Stages::default();
-    stages.time("tools", tools::ensure_installed)?;
+    stages.time("tools", || tools::ensure_installed(&tools::FOR_TESTS))?;
     stages.command("format", &mut cargo(&["fmt", "--all", "--check"]))?;
     let clippy = [
         "clippy",
