@@ -21,7 +21,16 @@ pub fn raise_descriptor_limit() -> Option<u64> {
     for wanted in [Some(maximum), infinite].into_iter().flatten() {
         // Never downwards: a limit that is above what would be tried stays.
         let is_more = wanted.is_none_or(|wanted| current.is_some_and(|current| wanted > current));
-        if is_more && setrlimit(Resource::Nofile, Rlimit { current: wanted, maximum }).is_ok() {
+        if is_more
+            && setrlimit(
+                Resource::Nofile,
+                Rlimit {
+                    current: wanted,
+                    maximum,
+                },
+            )
+            .is_ok()
+        {
             return wanted;
         }
     }

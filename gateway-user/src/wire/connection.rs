@@ -179,9 +179,9 @@ impl<T> Connection<T> {
         W: Watcher<Tag = T>,
     {
         match (direction, piece) {
-            (Direction::ToServer, Piece::Bytes(bytes)) => self.from_client(at, bytes, watcher),
+            (Direction::ToServer, Piece::Bytes(bytes)) => self.client_sent(at, bytes, watcher),
             (Direction::ToServer, Piece::Hole(len)) => self.hole_from_client(at, len),
-            (Direction::ToClient, Piece::Bytes(bytes)) => self.from_server(at, bytes, watcher),
+            (Direction::ToClient, Piece::Bytes(bytes)) => self.server_sent(at, bytes, watcher),
             (Direction::ToClient, Piece::Hole(len)) => self.hole_from_server(at, len, watcher),
         }
     }
@@ -208,7 +208,7 @@ impl<T> Connection<T> {
         self.responses.seek();
     }
 
-    fn from_client<W: Watcher<Tag = T>>(&mut self, at: At, mut input: &[u8], watcher: &mut W) {
+    fn client_sent<W: Watcher<Tag = T>>(&mut self, at: At, mut input: &[u8], watcher: &mut W) {
         while !input.is_empty() {
             match &mut self.requests.reading {
                 Reading::Upgraded => {
@@ -304,7 +304,7 @@ impl<T> Connection<T> {
         self.requests.seek();
     }
 
-    fn from_server<W: Watcher<Tag = T>>(&mut self, at: At, mut input: &[u8], watcher: &mut W) {
+    fn server_sent<W: Watcher<Tag = T>>(&mut self, at: At, mut input: &[u8], watcher: &mut W) {
         while !input.is_empty() {
             match &mut self.responses.reading {
                 Reading::Upgraded => {

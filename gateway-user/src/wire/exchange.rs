@@ -332,6 +332,21 @@ mod tests {
     const CHAT: &str = "/v1/chat/completions";
 
     #[test]
+    fn a_document_tells_its_usage_and_the_request_how_often_a_prompt_ran() {
+        let body = r#"{"model":"m","choices":[{"index":0},{"index":1}],"usage":{"prompt_tokens":4,"completion_tokens":6}}"#;
+        let facts = document(CHAT, r#"{"model":"m","n":2}"#, body);
+        assert_eq!(facts.usage_source, UsageSource::Reported);
+        assert_eq!(
+            (facts.tokens.prompt, facts.tokens.engine_prompt),
+            (Some(4), Some(8))
+        );
+        assert_eq!(
+            (facts.tokens.completion, facts.tokens.engine_completion),
+            (Some(6), Some(6))
+        );
+    }
+
+    #[test]
     fn only_generated_content_makes_a_first_token() {
         for silent in [
             r#"{"role":"assistant","content":""}"#,

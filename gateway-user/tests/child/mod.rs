@@ -36,9 +36,19 @@ impl ChildGateway {
         std::fs::write(dir.join("config.yaml"), config).expect("a file");
         // `exec`, so that the process that is measured and stopped is the gateway and not the shell.
         let mut command = Command::new("/bin/sh");
-        command.args(["-c", &format!("ulimit -Sn {SOFT_LIMIT} && exec \"$0\" run --config config.yaml")]);
-        command.arg(env!("CARGO_BIN_EXE_vllm-gateway")).current_dir(&dir).env_remove("RUST_LOG");
-        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it starts");
+        command.args([
+            "-c",
+            &format!("ulimit -Sn {SOFT_LIMIT} && exec \"$0\" run --config config.yaml"),
+        ]);
+        command
+            .arg(env!("CARGO_BIN_EXE_vllm-gateway"))
+            .current_dir(&dir)
+            .env_remove("RUST_LOG");
+        let mut child = command
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("it starts");
         let mut log = BufReader::new(child.stderr.take().expect("a pipe"));
         let addr = client_addr(&mut log);
         // A pipe that nobody reads would fill up and hold the gateway's log.
@@ -64,7 +74,10 @@ impl ChildGateway {
 
     fn status_bytes(&self, key: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
-        let line = status.lines().find_map(|line| line.strip_prefix(key)).expect("Linux says so");
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix(key))
+            .expect("Linux says so");
         let kib = line.trim().strip_suffix(" kB").expect("a size in kB");
         kib.trim().parse::<u64>().expect("a number") * 1024
     }
@@ -174,7 +187,9 @@ async fn serve(mut socket: TcpStream, deeds: &Deeds) -> std::io::Result<()> {
     let mut unread = Vec::new();
     loop {
         let head = read_head(&mut socket, &mut unread).await?;
-        let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+        let length = head
+            .lines()
+            .find_map(|line| line.strip_prefix("Content-Length: "));
         let mut left = length.map_or(0, |length| length.parse::<usize>().expect("a length"));
         while left > 0 {
             let taken = left.min(unread.len());
@@ -187,7 +202,11 @@ async fn serve(mut socket: TcpStream, deeds: &Deeds) -> std::io::Result<()> {
         }
         match Play::of_head(&head) {
             Play::Document => {
-                socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}").await?;
+                socket
+                    .write_all(
+                        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}",
+                    )
+                    .await?;
             }
             Play::Silence => {
                 socket.write_all(STREAM_HEAD.as_bytes()).await?;
@@ -262,7 +281,8 @@ pub fn head(path: &str, play: Play, body_bytes: usize) -> String {
 /// A streamed chat request with a prompt of `prompt_bytes`.
 pub fn chat(play: Play, prompt_bytes: usize) -> Vec<u8> {
     let prompt = "word ".repeat(prompt_bytes.div_ceil(5));
-    let body = format!(r#"{{"model":"tiny","stream":true,"messages":[{{"role":"user","content":"{prompt}"}}]}}"#);
+    let body =
+        format!(r#"{{"model":"tiny","stream":true,"messages":[{{"role":"user","content":"{prompt}"}}]}}"#);
     (head("/v1/chat/completions", play, body.len()) + &body).into_bytes()
 }
 
@@ -278,9 +298,14 @@ pub async fn read_past(client: &mut TcpStream, wanted: &[u8]) -> Vec<u8> {
     let mut seen = Vec::new();
     let reading = async {
         while memchr::memmem::find(&seen, wanted).is_none() {
-            assert!(client.read_buf(&mut seen).await.expect("it goes on") > 0, "the gateway closed the connection");
+            assert!(
+                client.read_buf(&mut seen).await.expect("it goes on") > 0,
+                "the gateway closed the connection"
+            );
         }
     };
-    tokio::time::timeout(DEADLINE, reading).await.expect("it comes in time");
+    tokio::time::timeout(DEADLINE, reading)
+        .await
+        .expect("it comes in time");
     seen
 }
