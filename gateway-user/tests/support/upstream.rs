@@ -40,7 +40,10 @@ impl Seen {
 
     /// How many requests there are since the last [`Seen::take`].
     pub fn count(&self) -> usize {
-        self.requests.lock().expect("no panic while requests are held").len()
+        self.requests
+            .lock()
+            .expect("no panic while requests are held")
+            .len()
     }
 }
 
@@ -68,7 +71,12 @@ impl Upstream {
             while let Ok((stream, _)) = listener.accept().await {
                 let (seen, script) = (Arc::clone(&log), Arc::clone(&script));
                 tokio::spawn(async move {
-                    let mut talk = Talk { stream, unread: Vec::new(), seen, turn: 0 };
+                    let mut talk = Talk {
+                        stream,
+                        unread: Vec::new(),
+                        seen,
+                        turn: 0,
+                    };
                     if talk.fill_to_head().await.is_none() || talk.is_health_check().await {
                         return;
                     }
@@ -77,7 +85,11 @@ impl Upstream {
                 });
             }
         });
-        Upstream { addr, seen, accepting }
+        Upstream {
+            addr,
+            seen,
+            accepting,
+        }
     }
 
     /// Starts one that answers every request with 200 and a small document that names its target; in chunks, if the target says so.
@@ -87,13 +99,19 @@ impl Upstream {
                 let target = request.split(' ').nth(1).unwrap_or_default();
                 let body = format!("{{\"target\":{target:?}}}");
                 let framing = if target.contains("chunked") {
-                    format!("transfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n", body.len())
+                    format!(
+                        "transfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n",
+                        body.len()
+                    )
                 } else if request.starts_with("HEAD ") {
                     format!("content-length: {}\r\n\r\n", body.len())
                 } else {
                     format!("content-length: {}\r\n\r\n{body}", body.len())
                 };
-                talk.send(format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n{framing}")).await;
+                talk.send(format!(
+                    "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n{framing}"
+                ))
+                .await;
             }
         })
         .await
@@ -122,7 +140,9 @@ impl Talk {
         let mut request = self.head().await?;
         let lower = request.to_ascii_lowercase();
         let value = |name: &str| {
-            let line = lower.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            let line = lower
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
             line.map(str::trim).map(str::to_owned)
         };
         if let Some(length) = value("content-length") {
@@ -135,7 +155,11 @@ impl Talk {
         } else if value("transfer-encoding").is_some() {
             request += &self.chunks().await?;
         }
-        self.seen.requests.lock().expect("no panic while requests are held").push(request.clone());
+        self.seen
+            .requests
+            .lock()
+            .expect("no panic while requests are held")
+            .push(request.clone());
         Some(request)
     }
 
@@ -185,8 +209,15 @@ impl Talk {
     async fn is_health_check(&mut self) -> bool {
         let is_check = self.unread.starts_with(b"GET /health ");
         if is_check {
-            let status = if self.seen.ill.load(Ordering::Relaxed) { "503 No" } else { "200 OK" };
-            self.send(format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")).await;
+            let status = if self.seen.ill.load(Ordering::Relaxed) {
+                "503 No"
+            } else {
+                "200 OK"
+            };
+            self.send(format!(
+                "HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+            ))
+            .await;
         }
         is_check
     }
@@ -204,6 +235,8 @@ impl Talk {
 
     /// Ends the connection with a reset.
     pub fn reset(self) {
-        socket2::SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)).expect("a live socket");
+        socket2::SockRef::from(&self.stream)
+            .set_linger(Some(std::time::Duration::ZERO))
+            .expect("a live socket");
     }
 }
