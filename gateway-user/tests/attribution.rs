@@ -103,7 +103,7 @@ async fn a_server_that_forces_usage_needs_no_injection() {
         requests: 600,
         load: TIMED_LOAD,
         sim: FORCED_SIM,
-        yaml: "usage: {inject: off}\n",
+        yaml: "usage: {inject: off}\ngateway: {runtime: per_core}\n",
     };
     let books = Books::keep(&trial).await;
     check(&books, UsageSource::Continuous);
@@ -281,9 +281,31 @@ fn check(books: &Books, aborted: UsageSource) {
             other => panic!("no request was to end as {other:?}: {row:?}"),
         }
     }
+    tally(books);
     check_teams(books);
     check_surplus(books);
     check_metrics(books);
+}
+
+/// Shows what the trial came to, for whoever runs it with `--nocapture`.
+fn tally(books: &Books) {
+    let mut tally: BTreeMap<String, (u64, Work)> = BTreeMap::new();
+    for row in books.rows.values() {
+        let Row { seen, event, .. } = row;
+        let (outcome, source) = (event.outcome.name(), event.usage_source.name());
+        let kind = format!(
+            "{outcome} {} by {source}",
+            if seen.stream { "streamed" } else { "whole" }
+        );
+        let (count, missed) = tally.entry(kind).or_default();
+        *count += 1;
+        missed.prompt += row.work.prompt.abs_diff(row.booked().prompt);
+        missed.completion += row.work.completion.abs_diff(row.booked().completion);
+    }
+    for (kind, (count, missed)) in tally {
+        println!("{count} {kind}; tokens of the engine without a booking: {missed:?}");
+    }
+    println!("the engines counted {:?}", books.engines);
 }
 
 /// Who asked, for what, and what came of it, as the client has it.
