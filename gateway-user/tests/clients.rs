@@ -56,23 +56,19 @@ fn official_clients_work_unmodified_and_are_recorded_as_they_saw_it() {
     let expected: Vec<Value> = expected
         .map(|line| serde_json::from_str(line).expect("JSON"))
         .collect();
-    let mut events = gateway.events.clone().wait_for(1);
     eprintln!("{checks} checks, {} events expected", expected.len());
-    let total = || gateway.events.now().len() + strict.events.now().len();
-    support_wait(|| total() >= expected.len());
-    events.clear();
-    events.extend(gateway.events.now());
-    events.extend(strict.events.now());
-    assert_recorded(events, &expected);
+    assert_recorded(
+        events_once_there_are(expected.len(), &gateway, &strict),
+        &expected,
+    );
 }
 
-/// Waits for the event of the stream that was broken off last.
-fn support_wait(done: impl Fn() -> bool) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .build()
-        .expect("a runtime");
-    runtime.block_on(support::eventually("every event", async || done().then_some(())));
+/// The events of both gateways. The stream that was broken off last may still be ending.
+fn events_once_there_are(count: usize, gateway: &TestGateway, strict: &TestGateway) -> Vec<RequestEvent> {
+    let fewest = count - strict.events.now().len();
+    let mut events = gateway.events.wait_for(fewest);
+    events.extend(strict.events.now());
+    events
 }
 
 /// Each expected event is there, and no other.
@@ -127,6 +123,9 @@ fn environment() -> PathBuf {
         .parent()
         .expect("the target directory");
     let folder = target.join("python-clients");
+    let needs = |what: &str| {
+        format!("{what} (this test needs python3 with venv, and its registry; {SKIP}=1 leaves it out)")
+    };
     let (marker, python) = (folder.join("installed.txt"), folder.join("bin/python"));
     if std::fs::read_to_string(&marker).is_ok_and(|installed| installed == wanted) {
         return python;
@@ -135,7 +134,7 @@ fn environment() -> PathBuf {
         Command::new("python3")
             .args(["-m", "venv", "--clear"])
             .arg(&folder),
-        "making a virtual environment",
+        &needs("making a virtual environment"),
     );
     let install = [
         "-m",
@@ -151,7 +150,7 @@ fn environment() -> PathBuf {
     ];
     run(
         Command::new(&python).args(install).arg(&pins),
-        "installing the clients",
+        &needs("installing the clients"),
     );
     std::fs::write(&marker, wanted).expect("the target directory can be written");
     python
@@ -159,20 +158,19 @@ fn environment() -> PathBuf {
 
 /// Runs a command to its end; its standard output.
 fn run(command: &mut Command, what: &str) -> String {
-    let hint = format!("This test needs python3 with venv, and the Python registry; {SKIP}=1 leaves it out.");
     let output = command
         .output()
-        .unwrap_or_else(|error| panic!("{what}: {command:?} could not be started: {error}. {hint}"));
+        .unwrap_or_else(|error| panic!("{what}: {command:?} could not be started: {error}"));
     let Output {
         status,
         stdout,
         stderr,
     } = output;
     let stdout = String::from_utf8(stdout).expect("text");
-    let stderr = String::from_utf8_lossy(&stderr);
     assert!(
         status.success(),
-        "{what} failed with {status}.\n{stdout}\n{stderr}\n{hint}"
+        "{what}: {status}\n{stdout}\n{}",
+        String::from_utf8_lossy(&stderr)
     );
     stdout
 }

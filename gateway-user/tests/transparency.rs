@@ -1,21 +1,20 @@
 //! Clients get byte for byte what they would have got without the gateway, upstreams what clients sent, and events what the engine
 //! counted: for every real capture, whatever is asked on the client's behalf, and however the bytes are cut.
 //!
-//! What may differ is written down here, in [`delivered_head`] and [`upstream_head`], and compared exactly. The three captures of a
-//! triple are three runs of one request, so `created`, the random ids of tool calls and the run's own timings (`metrics`) differ between
-//! them: these values alone are masked, and only where one capture is held against another.
+//! What may differ in heads is written down in `replay/heads.rs`, and compared exactly. The three captures of a triple are three runs of
+//! one request; what differs between runs is masked (`replay/stream.rs`), and only where one capture is held against another.
 
 mod replay;
 mod support;
 
-use replay::{Capture, Cut, Replay, asked, body, chunks, head, read_message};
-use serde_json::Value;
-use std::collections::BTreeMap;
+use replay::event::{assert_engine_tokens, assert_event};
+use replay::heads::{assert_request_kept, assert_same, delivered_head, text};
+use replay::stream::assert_same_stream;
+use replay::{Capture, Cut, Replay, asked, body, head, read_message};
 use support::{DEADLINE, TestGateway};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use vllm_gateway::event::RequestEvent;
-use vllm_gateway::wire::exchange::{Outcome, UsageSource};
 
 const TRIPLES: [&str; 5] = [
     "triple_chat",
@@ -105,259 +104,6 @@ async fn connect(gateway: &TestGateway) -> TcpStream {
     stream
 }
 
-/// Bytes as text, one to one: all captures are UTF-8.
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).expect("UTF-8")
-}
-
-/// Holds bytes against each other, and shows only where they part.
-fn assert_same(got: &str, wanted: &str, what: &str) {
-    let parts = got
-        .bytes()
-        .zip(wanted.bytes())
-        .position(|(got, wanted)| got != wanted);
-    let parts = parts.unwrap_or_else(|| got.len().min(wanted.len()));
-    let near = |text: &str| {
-        String::from_utf8_lossy(&text.as_bytes()[parts.saturating_sub(150)..text.len().min(parts + 100)])
-            .into_owned()
-    };
-    assert!(
-        got == wanted,
-        "{what}: at byte {parts}, got\n{:?}\nwanted\n{:?}",
-        near(got),
-        near(wanted)
-    );
-}
-
-/// The head that the client gets for the upstream's: as it came, and behind it the request id if the upstream sent none.
-fn delivered_head(upstream: &[u8], event: &RequestEvent) -> String {
-    let head = text(upstream);
-    if head.to_lowercase().contains("\r\nx-request-id: ") {
-        return head;
-    }
-    let fields = head.strip_suffix("\r\n").expect("a blank line");
-    format!("{fields}x-request-id: {}\r\n\r\n", event.request_id)
-}
-
-/// The head that the upstream gets for the client's. Fields that stay keep order, case and spaces.
-fn upstream_head(
-    client: &[u8],
-    event: &RequestEvent,
-    traceparent: &str,
-    signed: &str,
-    edited: Option<usize>,
-) -> String {
-    let mut gone = vec!["x-team-id", "x-project", "x-user-id", "x-request-id"];
-    if edited.is_some() {
-        gone.extend(["content-length", "accept-encoding"]);
-    }
-    let head = text(client);
-    let kept = head
-        .strip_suffix("\r\n")
-        .expect("a blank line")
-        .split_inclusive("\r\n")
-        .filter(|line| {
-            let name = line.split(':').next().expect("a name").to_lowercase();
-            !gone.contains(&name.as_str())
-        });
-    let mut expected: String = kept.collect();
-    if let Some(len) = edited {
-        expected += &format!("Content-Length: {len}\r\nAccept-Encoding: identity\r\n");
-    }
-    expected
-        + &format!(
-            "X-Request-Id: {}\r\nX-Gateway-Request-Id: {signed}\r\ntraceparent: {traceparent}\r\n\r\n",
-            event.request_id
-        )
-}
-
-/// Holds the upstream's view of a request against the client's.
-fn assert_request_kept(name: &str, sent: &[u8], received: &[u8], event: &RequestEvent, edited: bool) {
-    let field = |wanted: &str| {
-        let lines = text(head(received));
-        let value = lines
-            .lines()
-            .find_map(|line| line.strip_prefix(wanted).map(str::to_owned));
-        value.unwrap_or_else(|| panic!("{name}: no {wanted:?} in {lines}"))
-    };
-    let (signed, traceparent) = (field("X-Gateway-Request-Id: "), field("traceparent: "));
-    let mac = signed
-        .strip_prefix(&*event.event_id)
-        .unwrap_or_else(|| panic!("{name}: {signed} of another event"));
-    assert!(
-        mac.len() > 16 && mac.starts_with('.'),
-        "{name}: {signed} is not signed"
-    );
-    assert!(
-        traceparent.starts_with(&format!("00-{}-", event.trace_id)),
-        "{name}: {traceparent}"
-    );
-    let len = edited.then_some(body(received).len());
-    let expected = upstream_head(head(sent), event, &traceparent, &signed, len);
-    assert_eq!(text(head(received)), expected, "{name}: the upstream's head");
-    if !edited {
-        assert_eq!(
-            text(body(received)),
-            text(body(sent)),
-            "{name}: the upstream's body"
-        );
-    }
-}
-
-/// What the document of a response, or the events of a stream, say by the plainest reading.
-fn documents(response: &[u8]) -> Vec<Value> {
-    let payload = match chunks(body(response)) {
-        Some((chunks, _)) if text(head(response)).contains("chunked") => chunks.concat(),
-        // A cut-off stream's frames stand between its lines and are no `data`.
-        _ => body(response).to_vec(),
-    };
-    let payload = text(&payload);
-    if let Ok(document) = serde_json::from_str(&payload) {
-        return vec![document];
-    }
-    let data = payload.lines().filter_map(|line| line.strip_prefix("data: "));
-    data.filter_map(|data| serde_json::from_str(data).ok()).collect()
-}
-
-fn last<T>(documents: &[Value], of: impl Fn(&Value) -> Option<T>) -> Option<T> {
-    documents.iter().filter_map(of).next_back()
-}
-
-/// Billed prompt and completion tokens, and cached ones, as the last usage object says.
-fn usage(documents: &[Value]) -> Option<(Option<u64>, Option<u64>, Option<u64>)> {
-    let usage = last(documents, |document| {
-        let places = [&document["usage"], &document["response"]["usage"]];
-        places.into_iter().find(|usage| usage.is_object()).cloned()
-    })?;
-    let first = |names: &[&str]| names.iter().find_map(|name| usage.pointer(name)?.as_u64());
-    let beside = first(&["/cache_read_input_tokens"]).unwrap_or(0)
-        + first(&["/cache_creation_input_tokens"]).unwrap_or(0);
-    Some((
-        first(&["/prompt_tokens", "/input_tokens"]).map(|prompt| prompt + beside),
-        first(&["/completion_tokens", "/output_tokens"]),
-        first(&[
-            "/prompt_tokens_details/cached_tokens",
-            "/input_tokens_details/cached_tokens",
-            "/cache_read_input_tokens",
-        ]),
-    ))
-}
-
-fn finish_reason(documents: &[Value]) -> Option<String> {
-    last(documents, |document| {
-        let places = [
-            "/choices/0/finish_reason",
-            "/stop_reason",
-            "/delta/stop_reason",
-            "/incomplete_details/reason",
-            "/response/incomplete_details/reason",
-        ];
-        places
-            .iter()
-            .find_map(|place| document.pointer(place)?.as_str().map(str::to_owned))
-    })
-}
-
-fn model(documents: &[Value], request: &[u8]) -> String {
-    let said = last(documents, |document| {
-        let places = ["/model", "/response/model", "/message/model"];
-        places
-            .iter()
-            .find_map(|place| document.pointer(place)?.as_str().map(str::to_owned))
-    });
-    // By the text, since the body that is no JSON names a model too.
-    let asked = text(body(request))
-        .split_once("\"model\": \"")
-        .map(|(_, rest)| rest.split('"').next().unwrap_or_default().to_owned());
-    said.or(asked).unwrap_or_default()
-}
-
-/// Holds an event against the response that the upstream gave, the request, and the identity in it.
-fn assert_event(name: &str, event: &RequestEvent, request: &[u8], upstream: &[u8], aborted: bool) {
-    let documents = documents(upstream);
-    let request_head = text(head(request));
-    let field = |wanted: &str| {
-        let value = request_head
-            .lines()
-            .find_map(|line| line.strip_prefix(wanted)?.strip_prefix(": "));
-        value.unwrap_or_default().to_owned()
-    };
-    let who = [&*event.team_id, &event.project, &event.user_id].map(str::to_owned);
-    assert_eq!(
-        who,
-        [field("X-Team-ID"), field("X-Project"), field("X-User-ID")],
-        "{name}"
-    );
-    let path = request_head.split(' ').nth(1).expect("a target");
-    assert_eq!(
-        event.endpoint,
-        if path == "/v1/nope" { "other" } else { path },
-        "{name}"
-    );
-    let upstream_head = text(head(upstream));
-    let status: u16 = upstream_head[9..12].parse().expect("a status");
-    let outcome = match status {
-        _ if aborted => Outcome::Aborted,
-        200 => Outcome::Completed,
-        _ => Outcome::ClientError,
-    };
-    assert_eq!((event.status_code, event.outcome), (status, outcome), "{name}");
-    assert_eq!(
-        event.stream,
-        upstream_head.contains("text/event-stream"),
-        "{name}"
-    );
-    assert_eq!(&*event.model, model(&documents, request), "{name}");
-    assert_eq!(
-        &*event.finish_reason,
-        finish_reason(&documents).unwrap_or_default(),
-        "{name}"
-    );
-    assert_eq!(event.capture, "proxy", "{name}");
-    let (billed, source) = match usage(&documents) {
-        Some(usage) if aborted => (Some(usage), UsageSource::Continuous),
-        Some(usage) => (Some(usage), UsageSource::Reported),
-        None if event.stream => (None, UsageSource::Counted),
-        None => (None, UsageSource::None),
-    };
-    let (prompt, completion, cached) = billed.unwrap_or_default();
-    assert_eq!(event.usage_source, source, "{name}");
-    assert_eq!(
-        (event.prompt_tokens, event.completion_tokens, event.cached_tokens),
-        (prompt, completion, cached),
-        "{name}"
-    );
-}
-
-/// Holds the engine's tokens of these events against the counters of the capture.
-fn assert_engine_tokens(capture: &Capture, events: &[RequestEvent]) -> bool {
-    let sum = |of: fn(&RequestEvent) -> Option<u64>| events.iter().map(of).sum::<Option<u64>>();
-    let Some(prompt) = sum(|event| event.engine_prompt_tokens) else {
-        return false;
-    };
-    assert_eq!(
-        prompt,
-        capture.counter("vllm:prompt_tokens_total"),
-        "{}",
-        capture.name
-    );
-    let generated = sum(|event| Some(event.engine_completion_tokens.unwrap_or(0)));
-    assert_eq!(
-        generated,
-        Some(capture.counter("vllm:generation_tokens_total")),
-        "{}",
-        capture.name
-    );
-    let cached = sum(|event| Some(event.cached_tokens.unwrap_or(0)));
-    assert_eq!(
-        cached,
-        Some(capture.counter("vllm:prompt_tokens_cached_total")),
-        "{}",
-        capture.name
-    );
-    true
-}
-
 /// A capture's request as a client of the gateway sends it: some captures were made without a team.
 fn with_team(request: &[u8]) -> Vec<u8> {
     let mut head = text(head(request));
@@ -365,78 +111,6 @@ fn with_team(request: &[u8]) -> Vec<u8> {
         head = head.replacen("\r\n\r\n", "\r\nX-Team-ID: search\r\n\r\n", 1);
     }
     [head.as_bytes(), body(request)].concat()
-}
-
-/// Blanks out what differs between two runs of one request.
-fn masked(event: &str) -> String {
-    let mut event = event.to_owned();
-    for (key, is_value) in [
-        (
-            "\"created\":",
-            (|next: char| next.is_ascii_digit()) as fn(char) -> bool,
-        ),
-        ("\"id\":\"chatcmpl-tool-", |next| next.is_ascii_hexdigit()),
-        ("\"metrics\":{", |next| next != '}'),
-    ] {
-        let mut parts = event.split(key);
-        let first = parts.next().unwrap_or_default().to_owned();
-        event = parts.fold(first, |masked, part| {
-            masked + key + "~" + part.trim_start_matches(is_value)
-        });
-    }
-    event
-}
-
-/// The chunks of a stream, masked, and told apart by choice where several take turns: whose turn comes first is the engine's whim, but
-/// each choice's own chunks are in order.
-fn sequences(name: &str, stream: &[u8]) -> BTreeMap<Option<u64>, Vec<String>> {
-    let (chunks, _) = chunks(stream).unwrap_or_else(|| panic!("{name}: not a whole stream"));
-    let framed = chunks
-        .iter()
-        .map(|chunk| format!("{:x}\r\n{}\r\n", chunk.len(), text(chunk)));
-    assert_same(
-        &text(stream),
-        &(framed.collect::<String>() + "0\r\n\r\n"),
-        &format!("{name}, framing as uvicorn writes it"),
-    );
-    let mut sequences: BTreeMap<_, Vec<_>> = BTreeMap::new();
-    for chunk in chunks {
-        let event = text(chunk);
-        let json: Option<Value> = event
-            .strip_prefix("data: ")
-            .and_then(|data| serde_json::from_str(data).ok());
-        let index = json
-            .and_then(|json| json["choices"][0]["index"].as_u64())
-            .filter(|_| name.contains("n2"));
-        sequences.entry(index).or_default().push(masked(&event));
-    }
-    sequences
-}
-
-fn assert_same_stream(name: &str, got: &[u8], wanted: &[u8]) {
-    let (got, wanted) = (sequences(name, got), sequences(name, wanted));
-    assert_eq!(
-        wanted.len(),
-        if name.contains("n2") { 3 } else { 1 },
-        "{name}: the choices, and what belongs to none"
-    );
-    assert_eq!(
-        got.keys().collect::<Vec<_>>(),
-        wanted.keys().collect::<Vec<_>>(),
-        "{name}"
-    );
-    for (choice, wanted) in wanted {
-        assert!(
-            name.contains("n2") || wanted.len() > 5,
-            "{name}: a capture without a stream proves nothing"
-        );
-        // Apart from each other by a byte that no capture has, so that chunk boundaries count.
-        assert_same(
-            &got[&choice].join("\0"),
-            &wanted.join("\0"),
-            &format!("{name}, choice {choice:?}"),
-        );
-    }
 }
 
 /// What vLLM must be asked when the client asks `variant` under `usage.inject: mode`.
@@ -626,7 +300,7 @@ async fn streams_that_the_client_leaves_are_cut_off_with_the_engines_count() {
         path.stream.shutdown().await.expect("the gateway listens");
         let event = path.event();
         let expected = delivered_head(head(&capture.response), &event) + &text(body(&capture.response));
-        assert_same(&text(&got), &expected, &name);
+        assert_same(&text(&got), &expected, name);
         assert_event(name, &event, &capture.request, &capture.response, true);
         assert_eq!(assert_engine_tokens(&capture, &[event]), name == "abort_stream");
     }

@@ -1,5 +1,9 @@
 //! Real captures of vLLM as messages, and a server that plays them byte for byte.
 
+pub mod event;
+pub mod heads;
+pub mod stream;
+
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
