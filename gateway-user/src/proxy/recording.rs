@@ -174,7 +174,7 @@ fn new_context(shared: &Shared, at: At) -> Context {
         project: None,
         user: None,
         upstream: None,
-        request_id: random_hex(16).into(),
+        request_id: random_hex::<16>().into(),
         trace_id: None,
         status: None,
         error_type: None,

@@ -5,7 +5,6 @@
 //! hop-by-hop fields are taken out, and the request id is added when the upstream did not send it.
 
 use crate::wire::head::{Fields, Framing, RequestHead, ResponseHead};
-use std::io::Write;
 
 /// Fields that speak of one connection only (RFC 9110, section 7.6.1). `Transfer-Encoding` is one too, and is handled with the framing.
 const HOP_BY_HOP: [&str; 6] = [
@@ -189,10 +188,9 @@ fn is_hop_by_hop(fields: &Fields, name: &str) -> bool {
 }
 
 fn add_field(out: &mut Vec<u8>, name: &str, value: &[u8]) {
-    // Writing to a vector cannot fail.
-    let _ = write!(out, "{name}: ");
-    out.extend_from_slice(value);
-    out.extend_from_slice(b"\r\n");
+    for part in [name.as_bytes(), b": ", value, b"\r\n"] {
+        out.extend_from_slice(part);
+    }
 }
 
 #[cfg(test)]

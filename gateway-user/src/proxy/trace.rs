@@ -19,9 +19,9 @@ impl Trace {
             .and_then(parse);
         let (trace_id, flags) = match parent {
             Some((trace_id, flags)) => (trace_id.to_owned(), flags),
-            None => (random_hex(16), "00"),
+            None => (random_hex::<16>(), "00"),
         };
-        let traceparent = format!("00-{trace_id}-{}-{flags}", random_hex(8)).into();
+        let traceparent = format!("00-{trace_id}-{}-{flags}", random_hex::<8>()).into();
         Trace {
             trace_id: trace_id.into(),
             traceparent,

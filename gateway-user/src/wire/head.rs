@@ -155,16 +155,21 @@ impl Fields {
 
     /// All values of the fields called `name`, in any case.
     pub fn all<'h>(&'h self, name: &'h str) -> impl Iterator<Item = &'h [u8]> {
-        self.iter()
-            .filter(move |field| field.name.eq_ignore_ascii_case(name))
-            .map(|field| field.value)
+        self.spans
+            .iter()
+            .filter(move |span| self.is_named(span, name))
+            .map(|span| &self.raw[span.value.range()])
     }
 
     /// The first value of the field called `name`, in any case.
     pub fn get(&self, name: &str) -> Option<&[u8]> {
-        self.iter()
-            .find(|field| field.name.eq_ignore_ascii_case(name))
-            .map(|field| field.value)
+        let span = self.spans.iter().find(|span| self.is_named(span, name))?;
+        Some(&self.raw[span.value.range()])
+    }
+
+    /// Compares bytes: a head is looked through dozens of times, and most names differ in length already.
+    fn is_named(&self, span: &FieldSpan, name: &str) -> bool {
+        self.raw[span.name.range()].eq_ignore_ascii_case(name.as_bytes())
     }
 
     /// Whether a comma-separated field `name` lists `token`, in any case.
