@@ -1,5 +1,6 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
+mod clickhouse;
 mod stage;
 mod test;
 mod tidy;
@@ -21,6 +22,8 @@ struct Cli {
 enum Command {
     /// Install what the tests need, then check formatting, lints and documentation, and run all tests.
     Test,
+    /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
+    GetClickhouse,
 }
 
 fn main() -> Result<()> {
@@ -28,6 +31,7 @@ fn main() -> Result<()> {
     let root = workspace_root()?;
     match cli.command {
         Command::Test => test::run(root),
+        Command::GetClickhouse => clickhouse::get(),
     }
 }
 
