@@ -8,9 +8,10 @@ use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
-use vllm_gateway::config::{Capture, EXIT_CONFIG, LogConfig, LogFormat};
+use vllm_gateway::config::{Capture, Config, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::gateway::Gateway;
 use vllm_gateway::net;
+use vllm_gateway::store::embedded;
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
@@ -18,6 +19,10 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::CheckConfig(source) => {
             let code = cli::check_config(&source, &environment, &mut io::stdout(), &mut io::stderr())?;
             Ok(ExitCode::from(code))
+        }
+        Command::EmbeddedClickhouse(arguments) => {
+            start_log(&Config::default().log);
+            embedded::run(&arguments, &environment)
         }
     }
 }

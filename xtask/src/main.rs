@@ -1,6 +1,7 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
 mod bench;
+mod clickhouse;
 mod fuzz;
 mod stage;
 mod test;
@@ -28,6 +29,8 @@ enum Command {
     Bench(bench::Bench),
     /// Feed random and mutated bytes to whatever reads the network (needs a nightly compiler).
     Fuzz(fuzz::Options),
+    /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
+    GetClickhouse,
 }
 
 fn main() -> Result<()> {
@@ -37,6 +40,7 @@ fn main() -> Result<()> {
         Command::Test => test::run(root),
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
+        Command::GetClickhouse => clickhouse::get(),
     }
 }
 
