@@ -198,3 +198,211 @@ impl Buckets {
         Some(start_s + (end_s - start_s) * within)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::families::Page;
+    use super::*;
+    use proptest::prelude::*;
+
+    const INF: f64 = f64::INFINITY;
+
+    fn model(lines: &[&str]) -> Model {
+        let page: String = lines.iter().map(|line| format!("vllm:{line}\n")).collect();
+        let page = page.replace('{', "{model_name=\"m\",");
+        Page::read(page.as_bytes())
+            .unwrap_or_else(|error| panic!("{error}"))
+            .models
+            .remove("m")
+            .unwrap()
+    }
+
+    fn between(before: &[&str], now: &[&str]) -> Option<Growth> {
+        Growth::between(&model(before), &model(now))
+    }
+
+    fn us(q: f64, buckets: &[(f64, u64)]) -> Option<u64> {
+        Buckets(buckets.to_vec()).quantile_us(q)
+    }
+
+    #[test]
+    fn percentiles_are_those_of_histogram_quantile() {
+        let buckets = [(0.1, 10), (0.2, 30), (0.4, 40), (INF, 40)];
+        assert_eq!(
+            us(0.5, &buckets),
+            Some(150_000),
+            "rank 20: half of the bucket from 0.1 to 0.2"
+        );
+        assert_eq!(
+            us(0.25, &buckets),
+            Some(100_000),
+            "rank 10: the first bucket's end"
+        );
+        assert_eq!(us(0.1, &buckets), Some(40_000), "the first bucket begins at 0");
+        assert_eq!(
+            us(0.95, &buckets),
+            Some(360_000),
+            "rank 38: 8 of the 10 between 0.2 and 0.4"
+        );
+    }
+
+    #[test]
+    fn what_lies_beyond_the_last_bound_counts_as_that_bound() {
+        assert_eq!(us(0.99, &[(0.1, 1), (0.2, 1), (INF, 4)]), Some(200_000));
+        assert_eq!(us(0.5, &[(0.1, 0), (0.2, 0), (INF, 4)]), Some(200_000));
+    }
+
+    #[test]
+    fn without_observations_or_bounds_there_is_no_percentile() {
+        assert_eq!(us(0.5, &[(0.1, 0), (INF, 0)]), None);
+        assert_eq!(us(0.5, &[]), None);
+        assert_eq!(us(0.5, &[(INF, 3)]), None);
+        assert_eq!(us(0.5, &[(0.1, 1), (0.2, 2)]), None, "not a whole histogram");
+    }
+
+    #[test]
+    fn a_bucket_behind_a_smaller_one_is_levelled() {
+        assert_eq!(us(0.5, &[(0.1, 10), (0.2, 8), (INF, 10)]), Some(50_000));
+    }
+
+    #[test]
+    fn a_counter_that_went_down_in_one_engine_makes_all_unknown() {
+        let before = [
+            "prompt_tokens_total{engine=\"0\"} 10",
+            "prompt_tokens_total{engine=\"1\"} 100",
+        ];
+        let now = [
+            "prompt_tokens_total{engine=\"0\"} 900",
+            "prompt_tokens_total{engine=\"1\"} 5",
+        ];
+        assert_eq!(
+            between(&before, &now),
+            None,
+            "the sum went up, which must not hide it"
+        );
+        let now = [
+            "prompt_tokens_total{engine=\"0\"} 11",
+            "prompt_tokens_total{engine=\"1\"} 102",
+        ];
+        assert_eq!(
+            between(&before, &now).unwrap().counter(Counter::PromptTokens),
+            Some(3)
+        );
+    }
+
+    #[test]
+    fn buckets_and_reasons_that_went_down_are_resets_too() {
+        let bucket = |count| format!("request_queue_time_seconds_bucket{{le=\"+Inf\"}} {count}");
+        assert_eq!(between(&[&bucket(3)], &[&bucket(2)]), None);
+        assert!(between(&[&bucket(3)], &[&bucket(3)]).is_some());
+        let success = |reason, count| format!("request_success{{finished_reason=\"{reason}\"}} {count}");
+        assert_eq!(between(&[&success("stop", 3)], &[&success("stop", 2)]), None);
+        assert_eq!(
+            between(&[&success("stop", 3)], &[&success("length", 9)]),
+            None,
+            "a reason was lost"
+        );
+    }
+
+    #[test]
+    fn an_engine_that_came_or_went_makes_all_unknown() {
+        let (one, two) = (
+            "prompt_tokens_total{engine=\"0\"} 1",
+            "prompt_tokens_total{engine=\"1\"} 1",
+        );
+        assert_eq!(between(&[one], &[one, two]), None);
+        assert_eq!(between(&[one, two], &[one]), None);
+    }
+
+    #[test]
+    fn a_family_at_one_scrape_only_is_unknown_and_the_others_are_not() {
+        let growth = between(
+            &[
+                "prompt_tokens{engine=\"0\"} 1",
+                "prompt_tokens{engine=\"1\"} 1",
+                "num_preemptions{engine=\"0\"} 1",
+            ],
+            &[
+                "prompt_tokens{engine=\"0\"} 2",
+                "num_preemptions{engine=\"1\"} 4",
+                "num_preemptions{engine=\"0\"} 3",
+            ],
+        );
+        let growth = growth.unwrap();
+        assert_eq!(growth.counter(Counter::PromptTokens), None);
+        assert_eq!(growth.counter(Counter::Preemptions), None);
+        assert_eq!(growth.counter(Counter::GenerationTokens), None);
+        assert_eq!(growth.success, None);
+    }
+
+    #[test]
+    fn a_reason_that_was_never_seen_began_at_0() {
+        let growth = between(
+            &["request_success_total{finished_reason=\"stop\"} 5"],
+            &[
+                "request_success_total{finished_reason=\"stop\"} 5",
+                "request_success_total{finished_reason=\"length\"} 2",
+            ],
+        );
+        let expected = ByReason::from([("stop".into(), 0), ("length".into(), 2)]);
+        assert_eq!(growth.unwrap().success, Some(expected));
+    }
+
+    #[test]
+    fn buckets_of_several_engines_are_summed() {
+        let bucket = |engine, le, count| {
+            format!("time_to_first_token_seconds_bucket{{engine=\"{engine}\",le=\"{le}\"}} {count}")
+        };
+        let page = |counts: [u64; 4]| {
+            let [a, b, c, d] = counts;
+            [
+                bucket(0, "0.1", a),
+                bucket(0, "+Inf", b),
+                bucket(1, "0.1", c),
+                bucket(1, "+Inf", d),
+            ]
+        };
+        let (before, now) = (page([1, 1, 2, 2]), page([1, 4, 7, 8]));
+        let growth = between(
+            &before.each_ref().map(String::as_str),
+            &now.each_ref().map(String::as_str),
+        )
+        .unwrap();
+        assert_eq!(
+            growth.latency(Latency::Ttft),
+            Some(&Buckets(vec![(0.1, 5), (INF, 9)]))
+        );
+    }
+
+    #[test]
+    fn without_queries_there_is_no_hit_ratio() {
+        let page = |queries, hits| {
+            [
+                format!("prefix_cache_queries{{}} {queries}"),
+                format!("prefix_cache_hits{{}} {hits}"),
+            ]
+        };
+        let ratio = |before: [String; 2], now: [String; 2]| {
+            let text = |page: &[String; 2]| page.each_ref().map(String::as_str).map(str::to_owned);
+            let (before, now) = (text(&before), text(&now));
+            between(&[&before[0], &before[1]], &[&now[0], &now[1]])
+                .unwrap()
+                .prefix_cache_hit_ratio()
+        };
+        assert_eq!(ratio(page(100, 50), page(100, 50)), None);
+        assert_eq!(ratio(page(100, 50), page(180, 70)), Some(0.25));
+    }
+
+    proptest! {
+        /// A percentile lies within the bounds, and a higher one is not lower.
+        #[test]
+        fn percentiles_are_ordered(counts in proptest::collection::vec(0u64..1_000, 3)) {
+            let mut seen = 0;
+            let cumulative = counts.iter().map(|count| { seen += count; seen });
+            let buckets: Vec<_> = [0.01, 0.5, INF].into_iter().zip(cumulative).collect();
+            let found = [0.5, 0.95, 0.99].map(|q| us(q, &buckets));
+            prop_assert!(found.is_sorted());
+            prop_assert!(found.iter().all(|found| found.is_some() == (seen > 0) && found.is_none_or(|us| us <= 500_000)));
+        }
+    }
+}

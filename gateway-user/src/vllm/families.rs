@@ -409,3 +409,170 @@ impl Buckets {
             .eq(other.0.iter().map(|(bound_s, _)| bound_s))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn model(page: &str) -> Model {
+        let page = Page::read(page.as_bytes()).unwrap_or_else(|error| panic!("{error}"));
+        page.models.get("m").cloned().unwrap_or_default()
+    }
+
+    #[test]
+    fn a_family_that_is_not_there_is_unknown() {
+        let model = model(
+            "vllm:num_requests_running{model_name=\"m\"} 0\nvllm:prompt_tokens{model_name=\"m\"} NaN\n",
+        );
+        assert_eq!(model.gauge_sum(Gauge::Running), Some(0.0));
+        assert_eq!(model.gauge_sum(Gauge::Waiting), None);
+        assert_eq!(model.gauge_mean(Gauge::KvCacheUsage), None);
+        assert_eq!(
+            model.counter_sum(Counter::PromptTokens),
+            None,
+            "no number is no count"
+        );
+        assert_eq!(model.engines[""].success(), None);
+        assert_eq!(model.engines[""].latency(Latency::Ttft), None);
+        assert_eq!(model.engine_count(), 1);
+    }
+
+    #[test]
+    fn old_names_mean_the_same() {
+        let model = model(concat!(
+            "vllm:gpu_cache_usage_perc{model_name=\"m\"} 0.25\n",
+            "vllm:prompt_tokens{model_name=\"m\"} 7\n",
+            "vllm:gpu_prefix_cache_hits_total{model_name=\"m\"} 2\n",
+            "vllm:gpu_prefix_cache_queries_total{model_name=\"m\"} 3\n",
+            "vllm:time_per_output_token_seconds_bucket{le=\"+Inf\",model_name=\"m\"} 5\n",
+            "vllm:time_per_output_token_seconds_bucket{le=\"0.1\",model_name=\"m\"} 4\n",
+        ));
+        assert_eq!(model.gauge_mean(Gauge::KvCacheUsage), Some(0.25));
+        assert_eq!(model.counter_sum(Counter::PromptTokens), Some(7));
+        assert_eq!(model.counter_sum(Counter::PrefixCacheHits), Some(2));
+        assert_eq!(model.counter_sum(Counter::PrefixCacheQueries), Some(3));
+        let buckets = Buckets(vec![(0.1, 4), (f64::INFINITY, 5)]);
+        assert_eq!(
+            model.engines[""].latency(Latency::Itl),
+            Some(&buckets),
+            "sorted by bound"
+        );
+    }
+
+    /// Around a rename vLLM shows both; summing them would double the cache's use and every gap between tokens.
+    #[test]
+    fn of_an_old_and_a_new_name_the_new_one_counts_in_either_order() {
+        let lines = [
+            "vllm:gpu_cache_usage_perc{model_name=\"m\"} 0.3\n",
+            "vllm:kv_cache_usage_perc{model_name=\"m\"} 0.4\n",
+        ];
+        let old = "vllm:time_per_output_token_seconds_bucket{le=\"+Inf\",model_name=\"m\"} 5\n";
+        let new = "vllm:inter_token_latency_seconds_bucket{le=\"+Inf\",model_name=\"m\"} 6\n";
+        for page in [
+            format!("{}{}{old}{new}", lines[0], lines[1]),
+            format!("{}{}{new}{old}", lines[1], lines[0]),
+        ] {
+            let model = model(&page);
+            assert_eq!(model.gauge_mean(Gauge::KvCacheUsage), Some(0.4));
+            assert_eq!(
+                model.engines[""].latency(Latency::Itl),
+                Some(&Buckets(vec![(f64::INFINITY, 6)]))
+            );
+        }
+    }
+
+    #[test]
+    fn engines_are_summed_and_the_cache_is_averaged() {
+        let model = model(concat!(
+            "vllm:num_requests_running{engine=\"0\",model_name=\"m\"} 3\n",
+            "vllm:num_requests_running{engine=\"1\",model_name=\"m\"} 5\n",
+            "vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"m\"} 0.2\n",
+            "vllm:kv_cache_usage_perc{engine=\"1\",model_name=\"m\"} 0.6\n",
+            "vllm:generation_tokens_total{engine=\"0\",model_name=\"m\"} 10\n",
+            "vllm:generation_tokens_total{engine=\"1\",model_name=\"m\"} 1.5e+01\n",
+        ));
+        assert_eq!(model.engine_count(), 2);
+        assert_eq!(model.gauge_sum(Gauge::Running), Some(8.0));
+        assert_eq!(model.gauge_mean(Gauge::KvCacheUsage), Some(0.4));
+        assert_eq!(model.counter_sum(Counter::GenerationTokens), Some(25));
+    }
+
+    #[test]
+    fn names_that_only_look_alike_are_not_taken() {
+        let model = model(concat!(
+            "vllm:num_requests_running{model_name=\"m\"} 1\n",
+            "vllm:prompt_tokens_created{model_name=\"m\"} 1.7e+09\n",
+            "vllm:prompt_tokens_bucket{le=\"1\",model_name=\"m\"} 9\n",
+            "vllm:request_prompt_tokens_sum{model_name=\"m\"} 9\n",
+            "vllm:prompt_tokens_cached_total{model_name=\"m\"} 9\n",
+            "vllm:time_to_first_token_seconds{le=\"1\",model_name=\"m\"} 9\n",
+            "prompt_tokens_total{model_name=\"m\"} 9\n",
+        ));
+        assert_eq!(model.counter_sum(Counter::PromptTokens), None);
+        assert_eq!(model.engines[""].latency(Latency::Ttft), None);
+    }
+
+    #[test]
+    fn what_is_no_page_of_vllms_is_refused() {
+        let refused = |page: &[u8]| Page::read(page).unwrap_err();
+        assert_eq!(
+            refused(b"<html>\n<body>busy</body>\n</html>\n"),
+            PageError::NotPrometheus { line: 1 }
+        );
+        assert_eq!(refused(b""), PageError::NotPrometheus { line: 0 });
+        assert_eq!(refused(b"\x1f\x8b\x08\xff"), PageError::NotPrometheus { line: 0 });
+        assert_eq!(refused(b"up 1\n"), PageError::NotVllm);
+        let cut =
+            b"vllm:num_requests_running{model_name=\"m\"} 1\nvllm:prompt_tokens_total{model_name=\"m\"} 17";
+        assert_eq!(
+            refused(cut),
+            PageError::NotPrometheus { line: 2 },
+            "17 may have been 1780"
+        );
+        let odd = "{\"a.plugin\"} 1\nvllm:num_requests_running{model_name=\"m\"} 1\n";
+        assert_eq!(
+            model(odd).gauge_sum(Gauge::Running),
+            Some(1.0),
+            "a stranger's line harms nobody"
+        );
+    }
+
+    #[test]
+    fn models_and_reasons_are_bounded() {
+        let line = |model: usize| format!("vllm:num_requests_running{{model_name=\"m{model:04}\"}} 1\n");
+        let page: String = (0..MODELS_MAX + 5).chain([0]).map(line).collect();
+        let page = Page::read(page.as_bytes()).unwrap();
+        assert_eq!((page.models.len(), page.left_out), (MODELS_MAX, 5));
+        assert_eq!(
+            page.models["m0000"].gauge_sum(Gauge::Running),
+            Some(2.0),
+            "a known model goes on"
+        );
+
+        let line = |reason: usize| {
+            format!("vllm:request_success{{finished_reason=\"r{reason}\",model_name=\"m\"}} 1\n")
+        };
+        let model = model(&(0..REASONS_MAX + 5).map(line).collect::<String>());
+        let success = model.engines[""].success().unwrap();
+        assert_eq!((success.len(), success[REASON_OTHER]), (REASONS_MAX + 1, 5));
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(page in proptest::collection::vec(any::<u8>(), 0..300)) {
+            drop(Page::read(&page));
+        }
+
+        /// A real page with bytes overwritten is read or refused.
+        #[test]
+        fn a_damaged_page_never_panics(damage in proptest::collection::vec((any::<proptest::sample::Index>(), 32u8..127), 1..40)) {
+            let mut page = include_bytes!("../../tests/fixtures/vllm-0.32.0/metrics_after.prom").to_vec();
+            for (at, byte) in damage {
+                let at = at.index(page.len());
+                page[at] = byte;
+            }
+            drop(Page::read(&page));
+        }
+    }
+}

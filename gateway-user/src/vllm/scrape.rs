@@ -259,3 +259,6 @@ async fn read(body: Bytes) -> Result<Page, ScrapeError> {
     let read = tokio::task::spawn_blocking(move || Page::read(&body)).await;
     Ok(read.map_err(broken)??)
 }
+
+#[cfg(test)]
+mod tests;
