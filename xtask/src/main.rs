@@ -1,5 +1,11 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
+mod dev;
+/// The gateway's own listeners, which know who holds a port. The file is compiled in: to depend on the library for it would make
+/// every command wait until all of the gateway is built.
+#[path = "../../gateway-user/src/net/mod.rs"]
+#[allow(dead_code, reason = "one of its functions is needed here")]
+mod net;
 mod stage;
 mod test;
 mod tidy;
@@ -19,6 +25,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the whole system on this machine, with simulators in place of GPUs, until Ctrl-C.
+    Dev(dev::Options),
     /// Install what the tests need, then check formatting, lints and documentation, and run all tests.
     Test,
 }
@@ -27,6 +35,7 @@ fn main() -> Result<()> {
     let cli = Cli::parse();
     let root = workspace_root()?;
     match cli.command {
+        Command::Dev(options) => dev::run(root, &options),
         Command::Test => test::run(root),
     }
 }

@@ -41,12 +41,33 @@ const TOOLS: [Tool; 2] = [
     },
 ];
 
+/// Not needed by a test, hence not one of the above.
+const PROMETHEUS: Tool = Tool {
+    name: "prometheus",
+    probe: &["prometheus", "--version"],
+    debian_package: "prometheus",
+    brew_formula: "prometheus",
+    needed_by: "the graphs of `cargo xtask dev`",
+};
+
 /// Makes sure that every tool is there, or says which tests go without.
 ///
 /// # Errors
 /// When an installation was tried and failed.
 pub fn ensure_installed() -> Result<()> {
-    let missing: Vec<_> = TOOLS.iter().filter(|tool| !tool.works()).collect();
+    ensure_these(&TOOLS)
+}
+
+/// Whether there is a Prometheus server, after trying to install one; without it, says how to get it.
+pub fn has_prometheus() -> bool {
+    if let Err(error) = ensure_these(&[PROMETHEUS]) {
+        println!("Prometheus could not be installed: {error:#}");
+    }
+    PROMETHEUS.works()
+}
+
+fn ensure_these(tools: &[Tool]) -> Result<()> {
+    let missing: Vec<_> = tools.iter().filter(|tool| !tool.works()).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -191,7 +212,7 @@ mod tests {
 
     #[test]
     fn advice_names_the_tool_its_packages_and_what_is_skipped() {
-        for tool in &TOOLS {
+        for tool in TOOLS.iter().chain([&PROMETHEUS]) {
             let advice = tool.advice();
             for part in [tool.name, tool.debian_package, tool.brew_formula, tool.needed_by] {
                 assert!(advice.contains(part), "no `{part}` in: {advice}");
