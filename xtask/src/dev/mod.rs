@@ -100,26 +100,23 @@ enum Action {
 /// # Errors
 /// Among others when a process dies.
 pub fn run(root: &Path, options: &Options) -> Result<()> {
-    let programs = programs_directory()?;
-    let target = programs
-        .parent()
-        .context("the programs stand in no target directory")?;
-    let state = |place: &Place| StateDir::of(target, Ports::from_base(place.port_base));
+    let target = target_directory()?;
+    let state = |place: &Place| StateDir::of(&target, Ports::from_base(place.port_base));
     match &options.action {
-        None => up(root, options, &programs, &state(&options.place)),
+        None => up(root, options, &target, &state(&options.place)),
         Some(Action::Stop(place)) => stop(&state(place)),
         Some(Action::Status(place)) => status(&state(place)),
         Some(Action::Logs { name, lines, place }) => logs(&state(place), name.as_deref(), *lines),
     }
 }
 
-/// Where Cargo puts the programs of this build: beside this one.
-fn programs_directory() -> Result<PathBuf> {
+/// Where Cargo builds: this program stands in a directory of it that is named after the profile.
+fn target_directory() -> Result<PathBuf> {
     let xtask = env::current_exe().context("cannot tell where this program stands")?;
-    xtask
-        .parent()
+    let target = xtask.parent().and_then(Path::parent);
+    target
         .map(Path::to_owned)
-        .context("this program stands in no directory")
+        .with_context(|| format!("{} stands in no target directory", xtask.display()))
 }
 
 fn parse_rate(text: &str) -> Result<f64, String> {
@@ -130,13 +127,9 @@ fn parse_rate(text: &str) -> Result<f64, String> {
     rate.ok_or_else(|| format!("expected requests a second, above 0, found `{text}`"))
 }
 
-fn up(root: &Path, options: &Options, beside: &Path, state: &StateDir) -> Result<()> {
+fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result<()> {
     let claim = state.claim()?;
-    let programs = if options.release {
-        beside.with_file_name("release")
-    } else {
-        beside.to_owned()
-    };
+    let programs = target.join(if options.release { "release" } else { "debug" });
     if !options.no_build {
         build(root, options.release)?;
     }

@@ -153,7 +153,7 @@ impl Plan<'_> {
                 "20",
             ])
             .args(["--endpoints", "chat=6,completions=3,embeddings=1"])
-            .args(["--stream-fraction", "0.33", "--abort-fraction", "0.02"]);
+            .args(["--stream-fraction", "0.33", "--abort-fraction", "0.05"]);
         let counts = |metrics: &str| Report::of(metrics).is_ok_and(|report| report.requests() > 0);
         Service {
             name: "load",
