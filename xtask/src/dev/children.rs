@@ -199,8 +199,7 @@ impl Children {
     pub fn entries(&self) -> Vec<Entry> {
         let entry = |running: &Running| Entry {
             name: running.service.name.to_owned(),
-            // PROOF of the cast: a pid is an i32 for the kernel, and `Child` only gives it another sign.
-            pid: running.child.id() as i32,
+            pid: running.child.id().cast_signed(),
             url: running.service.url.clone(),
         };
         self.running.iter().map(entry).collect()
@@ -286,7 +285,7 @@ pub fn tail(text: &str, lines: usize) -> String {
 ///
 /// The kernel means the *thread* that starts it: only the main thread may, since it lives as long as the process.
 #[cfg(target_os = "linux")]
-fn die_with_parent(command: &mut Command) {
+pub fn die_with_parent(command: &mut Command) {
     use rustix::io::Errno;
     use rustix::process::{getpid, getppid, set_parent_process_death_signal};
 
@@ -307,7 +306,7 @@ fn die_with_parent(command: &mut Command) {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn die_with_parent(_: &mut Command) {}
+pub fn die_with_parent(_: &mut Command) {}
 
 #[cfg(test)]
 mod tests {

@@ -165,6 +165,8 @@ fn build(root: &Path, release: bool) -> Result<()> {
     if release {
         command.arg("--release");
     }
+    // Signals are not caught yet: `stop` ends this process at once, and Cargo should not go on for nobody.
+    children::die_with_parent(&mut command);
     let started = Instant::now();
     stage::run(&mut command)?;
     println!("built in {:.1} s", started.elapsed().as_secs_f64());

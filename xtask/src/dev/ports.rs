@@ -126,15 +126,15 @@ mod tests {
 
     #[test]
     fn a_taken_port_is_named_with_its_owner() {
-        // The port that the system gives plays the gateway's; it lies in the ephemeral range, far above 80.
+        // The port that the system gives plays the highest; it lies in the ephemeral range, far above the lowest base.
         let held = TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = held.local_addr().expect("an address").port();
-        let error = Ports::from_base(port - 80)
+        let error = Ports::from_base(port - ADMIN_OFFSET)
             .ensure_free(false)
             .expect_err("it is taken");
         let text = error.to_string();
         assert!(
-            text.contains(&format!("gateway address 0.0.0.0:{port} is in use by ")),
+            text.contains(&format!("admin address 0.0.0.0:{port} is in use by ")),
             "{text}"
         );
         assert!(text.contains("--port-base"), "{text}");
