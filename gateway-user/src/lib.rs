@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod cli;
 pub mod config;
+pub mod descriptors;
 pub mod event;
 pub mod gateway;
 pub mod identity;

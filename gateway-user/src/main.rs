@@ -9,8 +9,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
 use vllm_gateway::config::{Capture, Config, EXIT_CONFIG, LogConfig, LogFormat};
+use vllm_gateway::descriptors;
 use vllm_gateway::gateway::Gateway;
-use vllm_gateway::net;
 use vllm_gateway::store::embedded;
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -62,19 +62,19 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
 
 /// Says what the system allows: with too few descriptors, clients would wait where `max_connections` says they need not.
 fn raise_descriptor_limit(max_connections: u32) {
-    let Some(descriptors) = net::raise_descriptor_limit() else {
+    let Some(available) = descriptors::raise_limit() else {
         return;
     };
-    let clients = net::clients_within(descriptors);
+    let clients = descriptors::clients_within(available);
     if clients < u64::from(max_connections) {
         tracing::warn!(
-            descriptors,
+            descriptors = available,
             clients,
             max_connections,
             "the limit on open files serves fewer clients than proxy.max_connections; raise it (ulimit -Hn, LimitNOFILE) or lower that"
         );
     } else {
-        tracing::info!(descriptors, "open files and sockets are limited");
+        tracing::info!(descriptors = available, "open files and sockets are limited");
     }
 }
 

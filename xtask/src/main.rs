@@ -2,7 +2,13 @@
 
 mod bench;
 mod clickhouse;
+mod dev;
 mod fuzz;
+/// The gateway's own listeners, which know who holds a port. The file is compiled in: to depend on the library for it would make
+/// every command wait until all of the gateway is built.
+#[path = "../../gateway-user/src/net/mod.rs"]
+#[allow(dead_code, reason = "one of its functions is needed here")]
+mod net;
 mod stage;
 mod test;
 mod tidy;
@@ -22,6 +28,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the whole system on this machine, with simulators in place of GPUs, until Ctrl-C.
+    Dev(dev::Options),
     /// Install what the tests need, then check formatting, lints and documentation, and run all tests.
     Test,
     /// Measure; for a quiet machine, and no part of the tests.
@@ -37,6 +45,7 @@ fn main() -> Result<()> {
     let cli = Cli::parse();
     let root = workspace_root()?;
     match cli.command {
+        Command::Dev(options) => dev::run(root, &options),
         Command::Test => test::run(root),
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),

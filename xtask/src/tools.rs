@@ -61,6 +61,23 @@ pub const FOR_BENCHES: [Tool; 2] = [
     },
 ];
 
+/// Not needed by a test, hence not one of those.
+const PROMETHEUS: Tool = Tool {
+    name: "prometheus",
+    probe: &["prometheus", "--version"],
+    debian_package: "prometheus",
+    brew_formula: "prometheus",
+    needed_by: "the graphs of `cargo xtask dev`",
+};
+
+/// Whether there is a Prometheus server, after trying to install one; without it, says how to get it.
+pub fn has_prometheus() -> bool {
+    if let Err(error) = ensure_installed(&[PROMETHEUS]) {
+        println!("Prometheus could not be installed: {error:#}");
+    }
+    PROMETHEUS.works()
+}
+
 /// Makes sure that every one of `tools` is there, or says what goes without.
 ///
 /// # Errors

@@ -333,6 +333,6 @@ mod tests {
         let first = places.take().await.unwrap();
         assert_eq!(places.take().await.unwrap_err().code, 202);
         drop(first);
-        places.take().await.unwrap();
+        drop(places.take().await.unwrap());
     }
 }

@@ -12,7 +12,7 @@ const OPEN_MAX: u64 = 10_240;
 const OTHERS: u64 = 64;
 
 /// Raises the soft limit to the hard one, as far as the system allows. Returns the limit in force; `None` if there is none.
-pub fn raise_descriptor_limit() -> Option<u64> {
+pub fn raise_limit() -> Option<u64> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if current == maximum {
         return current;
@@ -48,11 +48,11 @@ mod tests {
 
     #[test]
     fn the_soft_limit_becomes_the_hard_one_and_stays() {
-        let raised = raise_descriptor_limit();
+        let raised = raise_limit();
         let now = getrlimit(Resource::Nofile);
         assert_eq!(now.current, raised);
         assert!(now.current == now.maximum || now.maximum.is_none(), "{now:?}");
-        assert_eq!(raise_descriptor_limit(), raised);
+        assert_eq!(raise_limit(), raised);
     }
 
     #[test]

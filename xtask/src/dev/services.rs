@@ -1,0 +1,228 @@
+//! What belongs to a running system, in the order in which it is started.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+
+use super::children::{Ready, Service};
+use super::ports::Ports;
+use super::report::Report;
+use super::state::StateDir;
+use super::{duration, prometheus};
+
+/// How long anything but the gateway may take to end. None has work that must be finished.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// What the gateway may take beyond its own limit on draining: to write down what it knows, on a busy machine.
+const GRACE_AFTER_DRAIN: Duration = Duration::from_secs(5);
+
+/// The longest run that `vllm-load` takes, a year, stands for no end.
+const LOAD_DURATION: &str = "8760h";
+
+/// What all services need to know.
+#[derive(Debug)]
+pub struct Plan<'p> {
+    /// The repository.
+    pub root: &'p Path,
+    /// Where the programs were built.
+    pub programs: &'p Path,
+    /// Where logs and data go.
+    pub state: &'p StateDir,
+    /// Who listens where.
+    pub ports: Ports,
+}
+
+impl Plan<'_> {
+    /// The simulator of a server that generates text, with its realistic step costs.
+    pub fn sim_llm(&self) -> Service {
+        self.sim("sim-llm", self.ports.llm(), &["--model", "sim-llm"])
+    }
+
+    /// The simulator of a server that embeds.
+    pub fn sim_embed(&self) -> Service {
+        let options = ["--model", "sim-embed", "--kind", "embed"];
+        self.sim("sim-embed", self.ports.embeddings(), &options)
+    }
+
+    fn sim(&self, name: &'static str, port: u16, options: &[&str]) -> Service {
+        let mut command = self.program("vllm-sim");
+        command
+            .args(["--listen", &format!("127.0.0.1:{port}")])
+            .args(options);
+        Service {
+            name,
+            command,
+            url: url(port),
+            ready: page(port, "/health"),
+            stop_signal: Signal::TERM,
+            grace: GRACE,
+        }
+    }
+
+    /// The gateway, with the repository's configuration.
+    ///
+    /// # Errors
+    /// When that configuration cannot be run with.
+    pub fn gateway(&self) -> Result<Service> {
+        let mut command = self.gateway_command("run");
+        // Colours have no place in a log file.
+        command.env("NO_COLOR", "1");
+        Ok(Service {
+            name: "gateway",
+            command,
+            url: url(self.ports.gateway()),
+            ready: page(self.ports.admin(), "/ready"),
+            stop_signal: Signal::TERM,
+            grace: self.drain_timeout()? + GRACE_AFTER_DRAIN,
+        })
+    }
+
+    /// The environment puts it on this system's ports and its spool into the state directory, whatever the file says.
+    fn gateway_command(&self, what: &str) -> Command {
+        let mut command = self.program("vllm-gateway");
+        command
+            .arg(what)
+            .arg("--config")
+            .arg(self.root.join("config.yaml"))
+            .env("GATEWAY_LISTEN_ADDR", format!("0.0.0.0:{}", self.ports.gateway()))
+            .env("GATEWAY_ADMIN_ADDR", format!("127.0.0.1:{}", self.ports.admin()))
+            .env("VLLM_URL", url(self.ports.llm()))
+            .env("VLLM_EMBEDDINGS_URL", url(self.ports.embeddings()))
+            .env("SPOOL_DIR", self.state.join("spool"));
+        command
+    }
+
+    /// What is in force, as the gateway itself says.
+    fn drain_timeout(&self) -> Result<Duration> {
+        let mut command = self.gateway_command("check-config");
+        let output = command
+            .output()
+            .with_context(|| format!("cannot start {command:?}"))?;
+        ensure!(
+            output.status.success(),
+            "the gateway refuses config.yaml:\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        drain_timeout_in(&String::from_utf8_lossy(&output.stdout))
+    }
+
+    /// Prometheus, which reads the gateway and both simulators.
+    ///
+    /// # Errors
+    /// When its configuration cannot be written.
+    pub fn prometheus(&self) -> Result<Service> {
+        let (config, port) = (self.state.join("prometheus"), self.ports.prometheus());
+        prometheus::copy_config(&self.root.join("prometheus"), &config, self.ports)?;
+        let with_path = |option: &str, path: &Path| format!("--{option}={}", path.display());
+        let mut command = Command::new("prometheus");
+        command
+            .arg(with_path("config.file", &config.join(prometheus::CONFIG_FILE)))
+            .arg(with_path(
+                "storage.tsdb.path",
+                &self.state.join("prometheus-data"),
+            ))
+            .arg(format!("--web.listen-address=127.0.0.1:{port}"));
+        Ok(Service {
+            name: "prometheus",
+            command,
+            url: url(port),
+            ready: page(port, "/-/ready"),
+            stop_signal: Signal::TERM,
+            grace: GRACE,
+        })
+    }
+
+    /// Clients of five teams, with projects and users, who now and then give up. They are there when a request has ended.
+    pub fn load(&self, rate_per_s: f64) -> Service {
+        let mut command = self.program("vllm-load");
+        command
+            .args(["--url", &url(self.ports.gateway())])
+            .args(["--model", "sim-llm", "--embeddings-model", "sim-embed"])
+            .args(["--rate", &rate_per_s.to_string(), "--duration", LOAD_DURATION])
+            .args([
+                "--teams",
+                "5",
+                "--team-weights",
+                "5,4,3,2,2",
+                "--projects",
+                "3",
+                "--users",
+                "20",
+            ])
+            .args(["--endpoints", "chat=6,completions=3,embeddings=1"])
+            .args(["--stream-fraction", "0.33", "--abort-fraction", "0.05"]);
+        let counts = |metrics: &str| Report::of(metrics).is_ok_and(|report| report.requests() > 0);
+        Service {
+            name: "load",
+            command,
+            url: String::new(),
+            ready: Ready {
+                port: self.ports.admin(),
+                path: "/metrics",
+                says: counts,
+            },
+            // At which it sums up what it saw, in its log.
+            stop_signal: Signal::INT,
+            grace: GRACE,
+        }
+    }
+
+    fn program(&self, name: &str) -> Command {
+        let mut command = Command::new(self.programs.join(name));
+        command.current_dir(self.root);
+        command
+    }
+}
+
+fn url(port: u16) -> String {
+    format!("http://127.0.0.1:{port}")
+}
+
+/// Ready when the page answers 200, whatever it says.
+fn page(port: u16, path: &'static str) -> Ready {
+    Ready {
+        port,
+        path,
+        says: |_| true,
+    }
+}
+
+fn drain_timeout_in(config: &str) -> Result<Duration> {
+    let value = config
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("drain_timeout: "))
+        .context("the gateway's configuration names no drain_timeout")?;
+    duration::parse(value).map_err(anyhow::Error::msg)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_gateway_s_grace_is_read_from_its_configuration() {
+        let config = include_str!("../../../config.yaml");
+        assert_eq!(
+            drain_timeout_in(config).expect("it is there"),
+            Duration::from_secs(30)
+        );
+        assert!(drain_timeout_in("gateway:\n  workers: 0\n").is_err());
+    }
+
+    #[test]
+    fn the_load_needs_a_request_that_has_ended() {
+        let state = StateDir::of(Path::new("target"), Ports::from_base(8000));
+        let plan = Plan {
+            root: Path::new("."),
+            programs: Path::new("."),
+            state: &state,
+            ports: Ports::from_base(8000),
+        };
+        let says = plan.load(15.0).ready.says;
+        assert!(!says("gateway_build_info{version=\"1\"} 1\n") && !says("not metrics"));
+        assert!(says("gateway_requests_total{team=\"a\"} 1\n"));
+    }
+}
