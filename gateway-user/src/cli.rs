@@ -8,6 +8,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, ConfigError, EXIT_CONFIG, Env, effective_yaml};
+use crate::store::embedded::EmbeddedArgs;
 
 /// The file that is read when none is named and it exists.
 pub const CONFIG_FILE: &str = "config.yaml";
@@ -28,6 +29,8 @@ pub enum Command {
     Run(ConfigSource),
     /// Say what is wrong with the config (exit code 78), or print what is in force, secrets masked.
     CheckConfig(ConfigSource),
+    /// Run ClickHouse's engine behind its HTTP interface, as the gateway does for `store.url: embedded`.
+    EmbeddedClickhouse(EmbeddedArgs),
 }
 
 /// Where the config comes from.

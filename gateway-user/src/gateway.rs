@@ -6,6 +6,7 @@ use crate::event::EventSink;
 use crate::metrics::{Limits, Metrics, MetricsError};
 use crate::net::{self, BindError};
 use crate::proxy::{Shared, Worker, accept, health};
+use crate::vllm::{SampleSink, scrape::Scraper};
 use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -34,6 +35,7 @@ pub struct Gateway {
     listeners: Vec<TcpListener>,
     admin: AdminServer,
     readiness: Readiness,
+    sample_sinks: Vec<Arc<dyn SampleSink>>,
 }
 
 impl Gateway {
@@ -50,10 +52,26 @@ impl Gateway {
         let setting = "gateway.listen or GATEWAY_LISTEN_ADDR";
         let listeners = net::bind_listeners(listen, "gateway", setting, count)?;
         let max_teams = config.metrics.max_teams as usize;
-        let metrics = Metrics::new(Limits { max_teams, ..Limits::default() })?;
+        let metrics = Metrics::new(Limits {
+            max_teams,
+            ..Limits::default()
+        })?;
         let readiness = Readiness::default();
         let admin = AdminServer::bind(config.admin.listen, metrics.clone(), readiness.clone())?;
-        Ok(Gateway { shared: Shared::new(config, metrics, sinks), listeners, admin, readiness })
+        let shared = Shared::new(config, metrics, sinks);
+        Ok(Gateway {
+            shared,
+            listeners,
+            admin,
+            readiness,
+            sample_sinks: Vec::new(),
+        })
+    }
+
+    /// What the upstreams say of themselves goes to `sinks` too.
+    pub fn with_sample_sinks(mut self, sinks: Vec<Arc<dyn SampleSink>>) -> Gateway {
+        self.sample_sinks = sinks;
+        self
     }
 
     /// Where clients connect.
@@ -80,7 +98,11 @@ impl Gateway {
             // The cores belong to the workers; one thread is left for the admin server and the health checks.
             RuntimeKind::PerCore => 1,
         };
-        Builder::new_multi_thread().worker_threads(threads).thread_name("gateway").enable_all().build()
+        Builder::new_multi_thread()
+            .worker_threads(threads)
+            .thread_name("gateway")
+            .enable_all()
+            .build()
     }
 
     /// Serves until `stop` is done, then lets the requests in flight end within the configured grace. Returns how many it had to
@@ -89,12 +111,26 @@ impl Gateway {
     /// # Errors
     /// When the system gives no threads or sockets.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<usize, StartError> {
-        let Gateway { shared, listeners, admin, readiness } = self;
+        let Gateway {
+            shared,
+            listeners,
+            admin,
+            readiness,
+            sample_sinks,
+        } = self;
         let (admin_end, admin_ended) = watch::channel(false);
         let admin = tokio::spawn(admin.run(admin_ended));
         let mut checks = tokio::task::JoinSet::new();
         for upstream in shared.upstreams.iter() {
             checks.spawn(health::watch(Arc::clone(&shared), Arc::clone(upstream)));
+            let metrics = shared.metrics.scrape(upstream.name());
+            let scraper = Scraper::new(
+                shared.ids.gateway_id(),
+                upstream.config(),
+                metrics,
+                sample_sinks.clone(),
+            );
+            checks.spawn(scraper.run(shared.config.vllm.scrape_interval));
         }
         let serving = start_workers(&shared, listeners)?;
         readiness.set(State::Ready);
@@ -133,7 +169,9 @@ fn start_workers(
         };
         if per_core {
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            std::thread::Builder::new().name("gateway-core".into()).spawn(move || runtime.block_on(serve))?;
+            std::thread::Builder::new()
+                .name("gateway-core".into())
+                .spawn(move || runtime.block_on(serve))?;
         } else {
             tokio::spawn(serve);
         }

@@ -207,7 +207,9 @@ pub enum ValueError {
         quoted: String,
     },
     /// A team whose name only the gateway itself may use.
-    #[error("names that begin with {RESERVED_PREFIX} are reserved for the gateway's own lines, found \"{quoted}\"")]
+    #[error(
+        "names that begin with {RESERVED_PREFIX} are reserved for the gateway's own lines, found \"{quoted}\""
+    )]
     Reserved {
         /// The value, cut.
         quoted: String,

@@ -9,4 +9,6 @@ pub mod identity;
 pub mod metrics;
 pub mod net;
 pub mod proxy;
+pub mod store;
+pub mod vllm;
 pub mod wire;

@@ -8,8 +8,10 @@ use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
-use vllm_gateway::config::{Capture, EXIT_CONFIG, LogConfig, LogFormat};
+use vllm_gateway::config::{Capture, Config, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::gateway::Gateway;
+use vllm_gateway::net;
+use vllm_gateway::store::embedded;
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
@@ -17,6 +19,10 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::CheckConfig(source) => {
             let code = cli::check_config(&source, &environment, &mut io::stdout(), &mut io::stderr())?;
             Ok(ExitCode::from(code))
+        }
+        Command::EmbeddedClickhouse(arguments) => {
+            start_log(&Config::default().log);
+            embedded::run(&arguments, &environment)
         }
     }
 }
@@ -31,11 +37,18 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
     };
     start_log(&config.log);
     if matches!(config.capture, Capture::Tap | Capture::ProxyAndTap) {
-        eprintln!("capture: {} needs the kernel probe, which this build does not have; set `auto` or `proxy`", config.capture);
+        eprintln!(
+            "capture: {} needs the kernel probe, which this build does not have; set `auto` or `proxy`",
+            config.capture
+        );
         return Ok(ExitCode::from(EXIT_CONFIG));
     }
-    let upstreams: Vec<String> =
-        config.upstreams.iter().map(|upstream| format!("{} at {}", upstream.name, upstream.url)).collect();
+    raise_descriptor_limit(config.proxy.max_connections);
+    let upstreams: Vec<String> = config
+        .upstreams
+        .iter()
+        .map(|upstream| format!("{} at {}", upstream.name, upstream.url))
+        .collect();
     let gateway = Gateway::build(config, Vec::new())?;
     let (clients, admin) = (gateway.client_addr()?, gateway.admin_addr());
     gateway.runtime()?.block_on(async {
@@ -47,6 +60,24 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
     })
 }
 
+/// Says what the system allows: with too few descriptors, clients would wait where `max_connections` says they need not.
+fn raise_descriptor_limit(max_connections: u32) {
+    let Some(descriptors) = net::raise_descriptor_limit() else {
+        return;
+    };
+    let clients = net::clients_within(descriptors);
+    if clients < u64::from(max_connections) {
+        tracing::warn!(
+            descriptors,
+            clients,
+            max_connections,
+            "the limit on open files serves fewer clients than proxy.max_connections; raise it (ulimit -Hn, LimitNOFILE) or lower that"
+        );
+    } else {
+        tracing::info!(descriptors, "open files and sockets are limited");
+    }
+}
+
 fn environment(name: &str) -> Option<OsString> {
     std::env::var_os(name)
 }
@@ -55,7 +86,10 @@ fn environment(name: &str) -> Option<OsString> {
 fn start_log(config: &LogConfig) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(config.level.as_str()));
     let colours = io::stderr().is_terminal();
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(colours);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(colours);
     match config.format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),

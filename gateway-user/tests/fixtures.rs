@@ -228,12 +228,12 @@ fn documents(head: &str, body: &[(u8, usize)]) -> Vec<Event> {
 
 /// The last usage object of a response.
 fn usage(documents: &[Event]) -> Option<Value> {
-    let usages = documents.iter().filter_map(|event| {
+    let mut usages = documents.iter().filter_map(|event| {
         let document = event.document.as_ref()?;
         let places = [&document["usage"], &document["response"]["usage"]];
         places.into_iter().find(|usage| usage.is_object()).cloned()
     });
-    usages.last()
+    usages.next_back()
 }
 
 #[test]

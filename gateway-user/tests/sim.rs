@@ -296,8 +296,8 @@ fn abort_after(sim: &Sim, count: usize, half_close: bool) -> u64 {
 
 #[test]
 fn an_abort_stops_the_engine_and_keeps_what_ran() {
-    for half_close in [false, true] {
-        let sim = Sim::start(&TIMED);
+    for (half_close, threads) in [(false, "1"), (true, "1"), (false, "2"), (true, "2")] {
+        let sim = Sim::start(&[TIMED.as_slice(), &["--threads", threads]].concat());
         let read = abort_after(&sim, 6, half_close);
         let engine = sim.metric("vllm:generation_tokens_total") as u64;
         // The step that ends while the client leaves may count and not arrive; no later one may run.

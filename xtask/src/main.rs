@@ -1,5 +1,8 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
+mod bench;
+mod clickhouse;
+mod fuzz;
 mod stage;
 mod test;
 mod tidy;
@@ -21,6 +24,13 @@ struct Cli {
 enum Command {
     /// Install what the tests need, then check formatting, lints and documentation, and run all tests.
     Test,
+    /// Measure; for a quiet machine, and no part of the tests.
+    #[command(subcommand)]
+    Bench(bench::Bench),
+    /// Feed random and mutated bytes to whatever reads the network (needs a nightly compiler).
+    Fuzz(fuzz::Options),
+    /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
+    GetClickhouse,
 }
 
 fn main() -> Result<()> {
@@ -28,6 +38,9 @@ fn main() -> Result<()> {
     let root = workspace_root()?;
     match cli.command {
         Command::Test => test::run(root),
+        Command::Bench(bench) => bench::run(root, &bench),
+        Command::Fuzz(options) => fuzz::run(root, &options),
+        Command::GetClickhouse => clickhouse::get(),
     }
 }
 

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
+use crate::clickhouse;
 use crate::stage::{Stages, run as run_command};
 use crate::tools;
 
@@ -23,7 +24,8 @@ pub fn run(root: &Path) -> Result<()> {
         command
     };
     let mut stages = Stages::default();
-    stages.time("tools", tools::ensure_installed)?;
+    stages.time("tools", || tools::ensure_installed(&tools::FOR_TESTS))?;
+    stages.time("clickhouse", clickhouse::get)?;
     stages.command("format", &mut cargo(&["fmt", "--all", "--check"]))?;
     let clippy = [
         "clippy",

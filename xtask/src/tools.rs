@@ -1,4 +1,4 @@
-//! Programs that tests call and Cargo does not bring: found, installed on Debian as root, or said to be missing.
+//! Programs that tests and benches call and Cargo does not bring: found, installed on Debian as root, or said to be missing.
 //!
 //! Nothing that this installs is left running: a test machine should not find a new daemon because it ran tests.
 
@@ -11,19 +11,20 @@ use anyhow::{Context, Result, ensure};
 
 use crate::stage::run;
 
-/// A program that some tests need.
+/// A program that some tests or benches need.
 #[derive(Debug)]
-struct Tool {
+pub struct Tool {
     name: &'static str,
     /// A command that succeeds when the tool is there and works.
     probe: &'static [&'static str],
     debian_package: &'static str,
     brew_formula: &'static str,
-    /// What cannot be tested without it.
+    /// What cannot be done without it.
     needed_by: &'static str,
 }
 
-const TOOLS: [Tool; 2] = [
+/// What the tests call.
+pub const FOR_TESTS: [Tool; 2] = [
     Tool {
         name: "promtool",
         probe: &["promtool", "--version"],
@@ -41,12 +42,31 @@ const TOOLS: [Tool; 2] = [
     },
 ];
 
-/// Makes sure that every tool is there, or says which tests go without.
+/// What the benches call.
+pub const FOR_BENCHES: [Tool; 2] = [
+    Tool {
+        name: "nginx",
+        probe: &["nginx", "-v"],
+        debian_package: "nginx-light",
+        brew_formula: "nginx",
+        needed_by: "the comparison with nginx",
+    },
+    Tool {
+        name: "wrk",
+        // It ends with an error whatever it is asked for but a load, its own version included.
+        probe: &["sh", "-c", "command -v wrk"],
+        debian_package: "wrk",
+        brew_formula: "wrk",
+        needed_by: "the load of small requests",
+    },
+];
+
+/// Makes sure that every one of `tools` is there, or says what goes without.
 ///
 /// # Errors
 /// When an installation was tried and failed.
-pub fn ensure_installed() -> Result<()> {
-    let missing: Vec<_> = TOOLS.iter().filter(|tool| !tool.works()).collect();
+pub fn ensure_installed(tools: &[Tool]) -> Result<()> {
+    let missing: Vec<_> = tools.iter().filter(|tool| !tool.works()).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -80,7 +100,7 @@ impl Tool {
             ..
         } = self;
         format!(
-            "{name} is missing: {needed_by} are skipped.\n  \
+            "{name} is missing, and without it {needed_by} must be left out.\n  \
              Debian: apt-get install --no-install-recommends {debian_package}   macOS: brew install {brew_formula}"
         )
     }
@@ -103,9 +123,11 @@ fn install(missing: &[&Tool]) -> Result<()> {
         .args(["install", "--yes", "--no-install-recommends"])
         .args(&packages))?;
     drop(policy);
-    // The package enables its server for the next boot.
-    if packages.contains(&"prometheus") && Path::new("/run/systemd/system").is_dir() {
-        run(Command::new("systemctl").args(["disable", "--now", "prometheus"]))?;
+    // Such a package enables its server for the next boot.
+    for (package, service) in [("prometheus", "prometheus"), ("nginx-light", "nginx")] {
+        if packages.contains(&package) && Path::new("/run/systemd/system").is_dir() {
+            run(Command::new("systemctl").args(["disable", "--now", service]))?;
+        }
     }
     Ok(())
 }
@@ -191,7 +213,7 @@ mod tests {
 
     #[test]
     fn advice_names_the_tool_its_packages_and_what_is_skipped() {
-        for tool in &TOOLS {
+        for tool in FOR_TESTS.iter().chain(&FOR_BENCHES) {
             let advice = tool.advice();
             for part in [tool.name, tool.debian_package, tool.brew_formula, tool.needed_by] {
                 assert!(advice.contains(part), "no `{part}` in: {advice}");

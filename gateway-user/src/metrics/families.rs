@@ -4,6 +4,7 @@
 
 use super::gaps::GapHistograms;
 use super::process::Process;
+use super::scrape::ScrapeFamilies;
 use prometheus::core::Collector;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec,
@@ -56,6 +57,7 @@ pub(super) struct Families {
     pub(super) upstream_retries: IntCounterVec,
     pub(super) queue_depth: IntGaugeVec,
     pub(super) dropped: IntCounterVec,
+    pub(super) scrape: ScrapeFamilies,
     pub(super) build_info: GaugeVec,
     pub(super) start_time: Gauge,
 }
@@ -88,27 +90,29 @@ impl Families {
             upstream_retries: of.counter("gateway_upstream_retries_total", "Requests sent again, by why the first try failed.", &["upstream", "reason"])?,
             queue_depth: of.gauge("gateway_queue_depth", "Entries that wait in a queue of the gateway.", &["queue"])?,
             dropped: of.counter("gateway_dropped_total", "Entries that a queue of the gateway lost, by cause.", &["queue", "cause"])?,
+            scrape: ScrapeFamilies::registered_by(&of)?,
             build_info: of.keep(GaugeVec::new(Opts::new("gateway_build_info", "1; the labels say which build runs."), &["version", "revision"])?)?,
             start_time: of.keep(Gauge::new("gateway_start_time_seconds", "When the gateway started, in seconds since 1970.")?)?,
         })
     }
 }
 
-struct Maker<'r> {
+/// Makes families and registers them.
+pub(super) struct Maker<'r> {
     registry: &'r Registry,
 }
 
 impl Maker<'_> {
-    fn keep<C: Collector + Clone + 'static>(&self, collector: C) -> Result<C> {
+    pub(super) fn keep<C: Collector + Clone + 'static>(&self, collector: C) -> Result<C> {
         self.registry.register(Box::new(collector.clone()))?;
         Ok(collector)
     }
 
-    fn counter(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec> {
+    pub(super) fn counter(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec> {
         self.keep(IntCounterVec::new(Opts::new(name, help), labels)?)
     }
 
-    fn gauge(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec> {
+    pub(super) fn gauge(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec> {
         self.keep(IntGaugeVec::new(Opts::new(name, help), labels)?)
     }
 

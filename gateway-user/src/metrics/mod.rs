@@ -13,11 +13,13 @@ mod gaps;
 mod handles;
 mod labels;
 mod process;
+mod scrape;
 mod series;
 #[cfg(test)]
 mod tests;
 
 pub use handles::{InflightGuard, QueueMetrics, UpstreamMetrics};
+pub use scrape::ScrapeMetrics;
 
 use crate::event::{EventSink, RequestEvent};
 use crate::wire::exchange::Outcome;
@@ -133,6 +135,11 @@ impl Metrics {
     /// The handle of a configured upstream.
     pub fn upstream(&self, name: &str) -> UpstreamMetrics {
         UpstreamMetrics::of(Arc::clone(&self.inner.families), name)
+    }
+
+    /// The handle of the scrape of a configured upstream.
+    pub fn scrape(&self, upstream: &str) -> ScrapeMetrics {
+        ScrapeMetrics::of(Arc::clone(&self.inner.families), upstream)
     }
 
     /// The handle of a bounded queue.

@@ -3,8 +3,11 @@
 //! Promises: two gateways never share a port without knowing, although one gateway may open a port several times (once for each
 //! core). A taken port is reported with the process that holds it, where the system tells.
 
+mod descriptors;
 #[cfg(target_os = "linux")]
 mod owner;
+
+pub use descriptors::{clients_within, raise_descriptor_limit};
 
 use socket2::{Domain, Protocol, Socket, Type};
 use std::fmt;

@@ -6,7 +6,6 @@
 use hmac::{Hmac, KeyInit, Mac};
 use rand::RngCore;
 use sha2::Sha256;
-use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -27,7 +26,10 @@ impl RequestIds {
     pub fn new(gateway_id: &str, secret: Option<&[u8]>) -> RequestIds {
         let mut random = [0; 32];
         rand::rng().fill_bytes(&mut random);
-        let boot = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        let boot = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_millis();
         RequestIds {
             gateway_id: gateway_id.into(),
             boot: u64::try_from(boot).unwrap_or(u64::MAX),
@@ -52,10 +54,7 @@ impl RequestIds {
         let mut signed = String::with_capacity(id.len() + 1 + 2 * MAC_BYTES);
         signed.push_str(id);
         signed.push('.');
-        for byte in self.mac(id) {
-            // Writing to a string cannot fail.
-            let _ = write!(signed, "{byte:02x}");
-        }
+        push_hex(&self.mac(id), &mut signed);
         signed
     }
 
@@ -79,14 +78,23 @@ fn keyed(secret: &[u8]) -> Hmac<Sha256> {
     Hmac::new_from_slice(secret).unwrap_or_else(|_| Hmac::new(&Default::default()))
 }
 
-/// 16 random bytes in hexadecimal: an `X-Request-Id` for a client that sent none, or a trace id.
-pub fn random_hex(bytes: usize) -> String {
-    let mut random = vec![0; bytes];
+/// So many random bytes in hexadecimal: an `X-Request-Id` for a client that sent none, a trace id or the id of a span.
+pub fn random_hex<const BYTES: usize>() -> String {
+    let mut random = [0; BYTES];
     rand::rng().fill_bytes(&mut random);
-    random.iter().fold(String::with_capacity(2 * bytes), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    let mut text = String::with_capacity(2 * BYTES);
+    push_hex(&random, &mut text);
+    text
+}
+
+/// By hand, since a request has some fifty such bytes and formatting each took as long as all of its headers.
+fn push_hex(bytes: &[u8], text: &mut String) {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    for byte in bytes {
+        for digit in [byte >> 4, byte & 15] {
+            text.push(char::from(DIGITS[usize::from(digit)]));
+        }
+    }
 }
 
 #[cfg(test)]
@@ -105,5 +113,14 @@ mod tests {
         assert_eq!(ours.verified(&id), None, "an id without its MAC");
         assert_eq!(ours.verified(&signed.replace("gw-1", "gw-9")), None);
         assert_ne!(ours.next(), id);
+    }
+
+    #[test]
+    fn hexadecimal_has_two_digits_a_byte() {
+        let mut text = String::from("0x");
+        push_hex(&[0, 9, 10, 0x9f, 0xff], &mut text);
+        assert_eq!(text, "0x00090a9fff");
+        assert_eq!(random_hex::<16>().len(), 32);
+        assert_ne!(random_hex::<16>(), random_hex::<16>());
     }
 }

@@ -10,9 +10,9 @@ use super::trace::Trace;
 use crate::event::{Context, RequestEvent};
 use crate::identity::Identity;
 use crate::metrics::InflightGuard;
-use crate::wire::{At, Piece};
 use crate::wire::exchange::{Ending, Exchange, Facts};
 use crate::wire::head::RequestHead;
+use crate::wire::{At, Piece};
 use std::sync::Arc;
 
 /// Longest `X-Request-Id` that is taken over from a client: it becomes part of vLLM's ids, log lines and rows.
@@ -47,7 +47,12 @@ impl Recording {
             context.request_id = id.into();
         }
         let exchange = Exchange::begin(at, head);
-        Recording { shared: Arc::clone(shared), live: Some(Live { exchange, context }), inflight: None, trace }
+        Recording {
+            shared: Arc::clone(shared),
+            live: Some(Live { exchange, context }),
+            inflight: None,
+            trace,
+        }
     }
 
     /// Records bytes that were no request.
@@ -112,6 +117,13 @@ impl Recording {
         self.end(refusal.ending());
     }
 
+    /// Takes note that the client left before it was sent a status; what the upstream still answers is booked all the same.
+    pub fn unanswered(&mut self) {
+        if let Some(live) = &mut self.live {
+            live.context.status = Some(0);
+        }
+    }
+
     /// Ends it with an error that cut the response short.
     pub fn broke(&mut self, ending: Ending, reason: &'static str) {
         if let Some(live) = &mut self.live {
@@ -136,7 +148,9 @@ impl Recording {
 
     /// Ends it as of `at`. Whatever comes after the first end is ignored.
     pub fn end_at(&mut self, at: At, ending: Ending) {
-        let Some(Live { exchange, context }) = self.live.take() else { return };
+        let Some(Live { exchange, context }) = self.live.take() else {
+            return;
+        };
         self.inflight = None;
         let event = RequestEvent::new(context, exchange.finish(at, ending), CAPTURE);
         self.shared.record(&event);
@@ -160,7 +174,7 @@ fn new_context(shared: &Shared, at: At) -> Context {
         project: None,
         user: None,
         upstream: None,
-        request_id: random_hex(16).into(),
+        request_id: random_hex::<16>().into(),
         trace_id: None,
         status: None,
         error_type: None,
@@ -171,5 +185,9 @@ fn new_context(shared: &Shared, at: At) -> Context {
 /// A client's request id, if it is short and visible ASCII; otherwise it gets one of ours.
 fn acceptable_id(value: &[u8]) -> Option<&str> {
     let good = (1..=REQUEST_ID_BYTES_MAX).contains(&value.len()) && value.iter().all(u8::is_ascii_graphic);
-    if good { std::str::from_utf8(value).ok() } else { None }
+    if good {
+        std::str::from_utf8(value).ok()
+    } else {
+        None
+    }
 }

@@ -14,9 +14,14 @@ use crate::wire::head::ResponseHead;
 use std::io;
 use std::io::Write;
 use std::pin::pin;
+use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::tcp::WriteHalf;
 use tokio::time::{Instant, sleep_until};
+
+/// How soon a connection that the server had closed while it was idle shows that: a round trip, and some slack for a busy machine. A connection
+/// that ends later was working on the request, which must not be run twice.
+const STALE_WITHIN: Duration = Duration::from_secs(1);
 
 /// What is sent.
 #[derive(Clone, Copy, Debug)]
@@ -93,14 +98,20 @@ pub async fn exchange(
 ) -> Result<Answer, Failed> {
     let limits = &worker.shared.config.proxy;
     let max_head = limits.max_head.as_len();
-    let reused = connection.reused;
+    let (reused, started) = (connection.reused, Instant::now());
     let (client_reader, mut client_writer) = client.split();
     let (mut upstream_reader, mut upstream_writer) = connection.stream.split();
     let mut early = Vec::new();
     let (mut sent_whole, mut waiting_reader) = (false, None);
     let mut answered = false;
     let head = {
-        let mut sending = pin!(send(worker, request, client_reader, &mut upstream_writer, recording));
+        let mut sending = pin!(send(
+            worker,
+            request,
+            client_reader,
+            &mut upstream_writer,
+            recording
+        ));
         let mut sending_done = false;
         let mut deadline = pin!(sleep_until(Instant::now() + limits.response_head_timeout));
         loop {
@@ -114,7 +125,9 @@ pub async fn exchange(
             match event {
                 Event::Sent(Ok(reader)) => {
                     (sending_done, sent_whole, waiting_reader) = (true, true, Some(reader));
-                    deadline.as_mut().reset(Instant::now() + limits.response_head_timeout);
+                    deadline
+                        .as_mut()
+                        .reset(Instant::now() + limits.response_head_timeout);
                 }
                 Event::Sent(Err(Unsent::Upstream)) => sending_done = true,
                 Event::Sent(Err(Unsent::Stop(stop))) => return Err(Failed::Stop(stop)),
@@ -127,7 +140,9 @@ pub async fn exchange(
                         break Ok(head);
                     }
                 }
-                Event::Read(_) if reused && !answered => return Err(Failed::Stale),
+                Event::Read(_) if reused && !answered && started.elapsed() < STALE_WITHIN => {
+                    return Err(Failed::Stale);
+                }
                 Event::Read(_) => return Err(Refusal::UpstreamClosed.into()),
                 Event::Gone => break Err(Gone),
                 Event::TimedOut => return Err(Refusal::UpstreamTimeout.into()),
@@ -139,9 +154,15 @@ pub async fn exchange(
             if let Some(exchange) = recording.exchange() {
                 exchange.response_head(worker.shared.clock.now(), &head);
             }
-            Ok(Answer { connection, head, early, sent_whole })
+            Ok(Answer {
+                connection,
+                head,
+                early,
+                sent_whole,
+            })
         }
         Err(Gone) => {
+            recording.unanswered();
             let ended = read_out(worker, &mut connection, request.method, early, recording).await;
             recording.end_at(ended, Ending::ClientGone);
             Err(Gone.into())
@@ -169,7 +190,8 @@ struct Parsed {
 fn parse(early: &mut Vec<u8>, request: &Request<'_>, max_head: usize) -> Result<Parsed, Refusal> {
     let mut interim = Vec::new();
     loop {
-        let parsed = ResponseHead::parse(early, max_head, request.method).map_err(|_| Refusal::BadUpstream)?;
+        let parsed =
+            ResponseHead::parse(early, max_head, request.method).map_err(|_| Refusal::BadUpstream)?;
         match parsed {
             None => return Ok(Parsed { interim, head: None }),
             // Nobody asked to leave HTTP: what follows could not be followed, and would pass uncounted.
@@ -177,7 +199,10 @@ fn parse(early: &mut Vec<u8>, request: &Request<'_>, max_head: usize) -> Result<
             Some((head, len)) => {
                 early.drain(..len);
                 if !head.is_interim() {
-                    return Ok(Parsed { interim, head: Some(head) });
+                    return Ok(Parsed {
+                        interim,
+                        head: Some(head),
+                    });
                 }
                 // The gateway has said `100 Continue` itself.
                 if request.interim && head.status() != 100 {
@@ -209,7 +234,12 @@ async fn send<'c>(
             writer.write_all(&framed).await?;
             let mut rest = rest.clone();
             let limits = &worker.shared.config.proxy;
-            let mut receiver = Receiver { reader, limits, recording, clock: worker.shared.clock };
+            let mut receiver = Receiver {
+                reader,
+                limits,
+                recording,
+                clock: worker.shared.clock,
+            };
             let (max_body, mut total) = (limits.max_body.as_len() as u64, first.len() as u64);
             while !rest.is_done() {
                 let input = receiver.input().await.map_err(Unsent::Stop)?;
@@ -235,7 +265,9 @@ async fn send<'c>(
 
 /// Head and body in one system call, as a rule.
 async fn write_both(writer: &mut WriteHalf<'_>, head: &[u8], body: &[u8]) -> io::Result<()> {
-    let written = writer.write_vectored(&[io::IoSlice::new(head), io::IoSlice::new(body)]).await?;
+    let written = writer
+        .write_vectored(&[io::IoSlice::new(head), io::IoSlice::new(body)])
+        .await?;
     if written < head.len() {
         writer.write_all(&head[written..]).await?;
         return writer.write_all(body).await;

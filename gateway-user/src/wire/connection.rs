@@ -179,10 +179,10 @@ impl<T> Connection<T> {
         W: Watcher<Tag = T>,
     {
         match (direction, piece) {
-            (Direction::ToServer, Piece::Bytes(bytes)) => self.from_client(at, bytes, watcher),
-            (Direction::ToServer, Piece::Hole(len)) => self.hole_from_client(at, len),
-            (Direction::ToClient, Piece::Bytes(bytes)) => self.from_server(at, bytes, watcher),
-            (Direction::ToClient, Piece::Hole(len)) => self.hole_from_server(at, len, watcher),
+            (Direction::ToServer, Piece::Bytes(bytes)) => self.client_bytes(at, bytes, watcher),
+            (Direction::ToServer, Piece::Hole(len)) => self.client_hole(at, len),
+            (Direction::ToClient, Piece::Bytes(bytes)) => self.server_bytes(at, bytes, watcher),
+            (Direction::ToClient, Piece::Hole(len)) => self.server_hole(at, len, watcher),
         }
     }
 
@@ -208,7 +208,7 @@ impl<T> Connection<T> {
         self.responses.seek();
     }
 
-    fn from_client<W: Watcher<Tag = T>>(&mut self, at: At, mut input: &[u8], watcher: &mut W) {
+    fn client_bytes<W: Watcher<Tag = T>>(&mut self, at: At, mut input: &[u8], watcher: &mut W) {
         while !input.is_empty() {
             match &mut self.requests.reading {
                 Reading::Upgraded => {
@@ -283,7 +283,7 @@ impl<T> Connection<T> {
         }
     }
 
-    fn hole_from_client(&mut self, at: At, len: u64) {
+    fn client_hole(&mut self, at: At, len: u64) {
         if self.requests.takes_hole(len) {
             self.request_payload(at, Piece::Hole(len));
             self.settle_requests();
@@ -304,7 +304,7 @@ impl<T> Connection<T> {
         self.requests.seek();
     }
 
-    fn from_server<W: Watcher<Tag = T>>(&mut self, at: At, mut input: &[u8], watcher: &mut W) {
+    fn server_bytes<W: Watcher<Tag = T>>(&mut self, at: At, mut input: &[u8], watcher: &mut W) {
         while !input.is_empty() {
             match &mut self.responses.reading {
                 Reading::Upgraded => {
@@ -372,7 +372,7 @@ impl<T> Connection<T> {
         }
     }
 
-    fn hole_from_server<W: Watcher<Tag = T>>(&mut self, at: At, len: u64, watcher: &mut W) {
+    fn server_hole<W: Watcher<Tag = T>>(&mut self, at: At, len: u64, watcher: &mut W) {
         if self.responses.takes_hole(len) {
             self.response_payload(at, Piece::Hole(len));
             self.settle_responses(at, watcher);
@@ -435,3 +435,6 @@ fn may_begin_response(bytes: &[u8]) -> bool {
     let shorter = bytes.len().min(START.len());
     bytes[..shorter] == START[..shorter]
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,8 +5,8 @@
 //! texts are looked at for being empty or not, and never kept.
 //!
 //! What a server does not say stays unknown. Where a stream breaks off before its final usage, the last usage that it carried counts
-//! ([`UsageSource::Continuous`]); where it carried none, only the number of chunks is known ([`UsageSource::Counted`]), which is no
-//! number of tokens, so the token counts stay empty.
+//! ([`UsageSource::Continuous`]); where it carried none, or told of the prompt alone, only the number of chunks is known
+//! ([`UsageSource::Counted`]), which is no number of tokens, so the count of generated tokens stays empty.
 
 pub use super::facts::*;
 
@@ -225,7 +225,9 @@ impl Exchange {
         let started = self.counts.start.map(|usage| usage.tokens(Some(1)));
         let known = [Some(running), started].into_iter().flatten();
         match known.into_iter().find(|tokens| *tokens != Tokens::default()) {
-            Some(tokens) => (tokens, UsageSource::Continuous),
+            Some(tokens) if tokens.completion.is_some() => (tokens, UsageSource::Continuous),
+            // Messages: the prompt was told at the start, what was generated never. Half a usage is not to be billed as a whole one.
+            Some(tokens) => (tokens, UsageSource::Counted),
             None if self.chunks > 0 => (Tokens::default(), UsageSource::Counted),
             None => (Tokens::default(), UsageSource::None),
         }
@@ -284,92 +286,4 @@ impl Counts {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Memory of one exchange: thousands of streams idle at once, and each holds one of these.
-    const MAX_EXCHANGE_BYTES: usize = 1_024;
-
-    const _: () = assert!(size_of::<Exchange>() <= MAX_EXCHANGE_BYTES);
-
-    const SSE_HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
-    const JSON_HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n";
-
-    fn exchange(path: &str, request: &str, head: &str) -> Exchange {
-        let text = format!("POST {path} HTTP/1.1\r\nHost: a\r\n\r\n");
-        let (parsed, _) = RequestHead::parse(text.as_bytes(), 1_024).unwrap().unwrap();
-        let mut exchange = Exchange::begin(At(0), &parsed);
-        exchange.request_body(At(0), Piece::Bytes(request.as_bytes()));
-        let (parsed, _) = ResponseHead::parse(head.as_bytes(), 1_024, "POST")
-            .unwrap()
-            .unwrap();
-        exchange.response_head(At(1_000), &parsed);
-        exchange
-    }
-
-    /// Feeds the events a microsecond apart from 10 µs on.
-    fn stream(path: &str, request: &str, events: &[&str], ending: Ending) -> Facts {
-        let mut exchange = exchange(path, request, SSE_HEAD);
-        for (event, at_us) in events.iter().zip(10..) {
-            let text = format!("data: {event}\n\n");
-            exchange.response_body(At(at_us * 1_000), Piece::Bytes(text.as_bytes()));
-        }
-        exchange.finish(At(99_000), ending)
-    }
-
-    fn document(path: &str, request: &str, body: &str) -> Facts {
-        let mut exchange = exchange(path, request, JSON_HEAD);
-        exchange.response_body(At(2_000), Piece::Bytes(body.as_bytes()));
-        exchange.finish(At(3_000), Ending::Complete)
-    }
-
-    fn chat_chunk(index: u32, delta: &str, usage: &str) -> String {
-        format!(r#"{{"model":"m","choices":[{{"index":{index},"delta":{delta}}}],"usage":{usage}}}"#)
-    }
-
-    const CHAT: &str = "/v1/chat/completions";
-
-    #[test]
-    fn only_generated_content_makes_a_first_token() {
-        for silent in [
-            r#"{"role":"assistant","content":""}"#,
-            "{}",
-            r#"{"content":null,"tool_calls":[],"reasoning":"","function_call":null}"#,
-        ] {
-            let facts = stream(CHAT, "{}", &[&chat_chunk(0, silent, "null")], Ending::Complete);
-            assert_eq!((facts.chunks, facts.ttft_us), (0, None), "{silent}");
-        }
-        for said in [
-            r#"{"content":"a"}"#,
-            r#"{"content":"\n"}"#,
-            r#"{"reasoning":"a"}"#,
-            r#"{"reasoning_content":"a"}"#,
-            r#"{"refusal":"no"}"#,
-            r#"{"content":null,"tool_calls":[{"index":0,"function":{"name":"f"}}]}"#,
-            r#"{"function_call":{"name":"f"}}"#,
-        ] {
-            let facts = stream(
-                CHAT,
-                "{}",
-                &["{}", &chat_chunk(0, said, "null")],
-                Ending::Complete,
-            );
-            assert_eq!((facts.chunks, facts.ttft_us), (1, Some(11)), "{said}");
-        }
-    }
-
-    #[test]
-    fn gaps_lie_between_chunks_with_content() {
-        let (said, silent) = (
-            chat_chunk(0, r#"{"content":"a"}"#, "null"),
-            chat_chunk(0, "{}", "null"),
-        );
-        let facts = stream(CHAT, "{}", &[&said, &silent, &said, &said], Ending::Complete);
-        assert_eq!(
-            (facts.gaps.count, facts.gaps.sum_us, facts.gaps.max_us),
-            (2, 3, 2)
-        );
-        assert_eq!(facts.usage_source, UsageSource::Counted);
-        assert_eq!(facts.tokens, Tokens::default());
-    }
-}
+mod tests;

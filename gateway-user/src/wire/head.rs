@@ -155,16 +155,21 @@ impl Fields {
 
     /// All values of the fields called `name`, in any case.
     pub fn all<'h>(&'h self, name: &'h str) -> impl Iterator<Item = &'h [u8]> {
-        self.iter()
-            .filter(move |field| field.name.eq_ignore_ascii_case(name))
-            .map(|field| field.value)
+        self.spans
+            .iter()
+            .filter(move |span| self.is_named(span, name))
+            .map(|span| &self.raw[span.value.range()])
     }
 
     /// The first value of the field called `name`, in any case.
     pub fn get(&self, name: &str) -> Option<&[u8]> {
-        self.iter()
-            .find(|field| field.name.eq_ignore_ascii_case(name))
-            .map(|field| field.value)
+        let span = self.spans.iter().find(|span| self.is_named(span, name))?;
+        Some(&self.raw[span.value.range()])
+    }
+
+    /// Compares bytes: a head is looked through dozens of times, and most names differ in length already.
+    fn is_named(&self, span: &FieldSpan, name: &str) -> bool {
+        self.raw[span.name.range()].eq_ignore_ascii_case(name.as_bytes())
     }
 
     /// Whether a comma-separated field `name` lists `token`, in any case.
@@ -306,7 +311,9 @@ impl RequestHead {
     /// a tunnel through which requests pass unseen.
     pub fn wants_upgrade(&self) -> bool {
         let mut protocols = self.fields.all("upgrade");
-        let to_websocket = protocols.next().is_some_and(|value| value.eq_ignore_ascii_case(b"websocket"));
+        let to_websocket = protocols
+            .next()
+            .is_some_and(|value| value.eq_ignore_ascii_case(b"websocket"));
         self.method() == "GET"
             && self.minor == 1
             && self.framing == Framing::None
@@ -549,7 +556,13 @@ mod tests {
         };
         assert_eq!(target("http://h:1/v1/models?x"), "/v1/models?x");
         assert_eq!(target("HTTP://h"), "/");
-        for bad in ["http://", "http:///v1/models", "http://h?a=/sleep", "ftp://h/", "h:1"] {
+        for bad in [
+            "http://",
+            "http:///v1/models",
+            "http://h?a=/sleep",
+            "ftp://h/",
+            "h:1",
+        ] {
             let refused = request(&format!("GET {bad} HTTP/1.1\r\nHost: a\r\n\r\n")).unwrap_err();
             assert_eq!(refused, HeadError::Target, "{bad}");
         }
@@ -588,10 +601,15 @@ mod tests {
             Framing::Chunked
         );
         assert_eq!(
-            response("\r\nHTTP/1.1 200 OK\r\n\r\n", "GET").unwrap().status_line(),
+            response("\r\nHTTP/1.1 200 OK\r\n\r\n", "GET")
+                .unwrap()
+                .status_line(),
             b"HTTP/1.1 200 OK\r\n"
         );
-        assert!(matches!(response("HTTP/1.1 099 No\r\n\r\n", "GET"), Err(HeadError::Malformed(_))));
+        assert!(matches!(
+            response("HTTP/1.1 099 No\r\n\r\n", "GET"),
+            Err(HeadError::Malformed(_))
+        ));
         assert!(
             response("HTTP/1.1 100 Continue\r\n\r\n", "POST")
                 .unwrap()

@@ -78,7 +78,7 @@ pub trait Reader {
     const ROOT: Self::Place;
 
     /// The place of an object's member, or `None` if it does not matter.
-    fn member(&mut self, object: Self::Place, key: &str) -> Option<Self::Place>;
+    fn member(&mut self, object: Self::Place, key: &[u8]) -> Option<Self::Place>;
 
     /// The place of an array's element, or `None` if it does not matter.
     fn element(&mut self, array: Self::Place) -> Option<Self::Place>;
@@ -194,30 +194,28 @@ impl<P: Copy> Scanner<P> {
                     self.state = State::Word;
                 }
                 _ => {
-                    self.structure(*byte, reader);
                     input = rest;
+                    self.structure(*byte, &mut input, reader);
                 }
             }
         }
     }
 
-    fn structure<R: Reader<Place = P>>(&mut self, byte: u8, reader: &mut R) {
+    /// Takes a byte of structure, and with an opening quote the whole string if it is there: most are.
+    fn structure<R: Reader<Place = P>>(&mut self, byte: u8, rest: &mut &[u8], reader: &mut R) {
         match (self.state, byte) {
             (State::FirstElement, b']') | (State::FirstKey, b'}') => self.close(byte, reader),
             (State::AfterValue, b']' | b'}') => self.close(byte, reader),
             (State::Value | State::FirstElement, _) => {
                 self.enter_value(reader);
                 match byte {
-                    b'"' => self.begin_string(reader),
+                    b'"' => self.begin_string(rest, reader),
                     b'{' => self.open(Container::Object, reader),
                     b'[' => self.open(Container::Array, reader),
                     _ => self.state = State::Broken,
                 }
             }
-            (State::FirstKey | State::Key, b'"') => {
-                self.keeps_text = self.parent().is_some();
-                self.state = State::KeyText;
-            }
+            (State::FirstKey | State::Key, b'"') => self.begin_key(rest, reader),
             (State::Colon, b':') => self.state = State::Value,
             (State::AfterValue, b',') if self.objects & 1 == 1 => self.state = State::Key,
             (State::AfterValue, b',') => {
@@ -284,9 +282,34 @@ impl<P: Copy> Scanner<P> {
         };
     }
 
-    fn begin_string<R: Reader<Place = P>>(&mut self, reader: &R) {
-        self.keeps_text = self.place.is_some_and(|place| reader.wants_text(place));
-        self.state = State::StringText;
+    fn begin_string<R: Reader<Place = P>>(&mut self, rest: &mut &[u8], reader: &mut R) {
+        let wants_text = self.place.is_some_and(|place| reader.wants_text(place));
+        if let Some(whole) = whole_string(rest) {
+            if let Some(place) = self.place {
+                let text = if wants_text { as_text(whole) } else { None };
+                let empty = whole.is_empty();
+                reader.scalar(place, Scalar::String { empty, text });
+            }
+            self.after_value();
+        } else {
+            self.keeps_text = wants_text;
+            self.state = State::StringText;
+        }
+    }
+
+    fn begin_key<R: Reader<Place = P>>(&mut self, rest: &mut &[u8], reader: &mut R) {
+        let object = self.parent();
+        if let Some(key) = whole_string(rest) {
+            self.place = object.and_then(|object| reader.member(object, key));
+            self.state = State::Colon;
+            if let Some(after) = rest.strip_prefix(b":") {
+                *rest = after;
+                self.state = State::Value;
+            }
+        } else {
+            self.keeps_text = object.is_some();
+            self.state = State::KeyText;
+        }
     }
 
     /// Reads within a string, up to its end if that is there.
@@ -315,22 +338,18 @@ impl<P: Copy> Scanner<P> {
     }
 
     fn end_string<R: Reader<Place = P>>(&mut self, run: &[u8], reader: &mut R) {
-        if self.is_cut {
-            self.keep(run);
-            self.flush_high_unit();
-        }
-        let raw = if self.is_cut { &self.kept[..] } else { run };
-        let fits = self.keeps_text && !self.too_long && raw.len() <= MAX_TEXT_BYTES;
-        let text = fits.then(|| std::str::from_utf8(raw).ok()).flatten();
+        self.keep(run);
+        self.flush_high_unit();
+        let kept = (self.keeps_text && !self.too_long).then_some(&self.kept[..]);
         if self.state == State::KeyText {
             let parent = self.parent();
             self.place = parent
-                .zip(text)
+                .zip(kept)
                 .and_then(|(object, key)| reader.member(object, key));
             self.state = State::Colon;
         } else {
             if let Some(place) = self.place {
-                let empty = self.is_empty;
+                let (empty, text) = (self.is_empty, kept.and_then(as_text));
                 reader.scalar(place, Scalar::String { empty, text });
             }
             self.after_value();
@@ -455,8 +474,7 @@ impl<P: Copy> Scanner<P> {
             return;
         }
         let raw = if self.is_cut { &self.kept[..] } else { run };
-        let fits = !self.too_long && raw.len() <= MAX_TEXT_BYTES;
-        match fits.then(|| std::str::from_utf8(raw).ok()).flatten() {
+        match as_text(raw).filter(|_| !self.too_long) {
             Some("null") => reader.scalar(place, Scalar::Null),
             Some("true") => reader.scalar(place, Scalar::Bool(true)),
             Some("false") => reader.scalar(place, Scalar::Bool(false)),
@@ -476,7 +494,33 @@ impl<P: Copy> Default for Scanner<P> {
     }
 }
 
+/// The rest of a string up to its closing quote, if that is here and no escape comes first; `input` is moved past the quote.
+fn whole_string<'i>(input: &mut &'i [u8]) -> Option<&'i [u8]> {
+    // Keys and the texts of chunks are shorter than what it takes for a vectorised search to pay.
+    const NEAR_BYTES: usize = 16;
+    let near = input
+        .iter()
+        .take(NEAR_BYTES)
+        .position(|byte| matches!(byte, b'"' | b'\\'));
+    let end = match near {
+        Some(end) => end,
+        None => NEAR_BYTES + memchr::memchr2(b'"', b'\\', input.get(NEAR_BYTES..)?)?,
+    };
+    let whole = (input[end] == b'"').then_some(&input[..end])?;
+    *input = &input[end + 1..];
+    Some(whole)
+}
+
+fn as_text(raw: &[u8]) -> Option<&str> {
+    (raw.len() <= MAX_TEXT_BYTES)
+        .then(|| std::str::from_utf8(raw).ok())
+        .flatten()
+}
+
 /// Whether a byte can stand in a number or a literal.
 fn is_word(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'+' | b'.')
 }
+
+#[cfg(test)]
+mod tests;

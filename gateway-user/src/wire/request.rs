@@ -80,13 +80,13 @@ impl Reader for Found {
 
     const ROOT: Place = Place::Root;
 
-    fn member(&mut self, object: Place, key: &str) -> Option<Place> {
+    fn member(&mut self, object: Place, key: &[u8]) -> Option<Place> {
         let place = match key {
-            "model" => Place::Model,
-            "stream" => Place::Stream,
-            "n" => Place::Choices,
-            "priority" => Place::Priority,
-            "prompt" => Place::Prompt,
+            b"model" => Place::Model,
+            b"stream" => Place::Stream,
+            b"n" => Place::Choices,
+            b"priority" => Place::Priority,
+            b"prompt" => Place::Prompt,
             _ => return None,
         };
         (object == Place::Root).then_some(place)

@@ -162,23 +162,23 @@ impl Findings {
         }
     }
 
-    fn root_member(key: &str) -> Option<Place> {
+    fn root_member(key: &[u8]) -> Option<Place> {
         Some(match key {
-            "choices" => Place::Choices,
-            "model" => Place::Model,
-            "usage" => Place::Usage(UsageAt::Top),
-            "type" => Place::Kind,
-            "object" => Place::Object,
-            "delta" => Place::EventDelta,
-            "message" => Place::Message,
-            "response" => Place::Response,
-            "metrics" => Place::Metrics,
-            "error" => Place::Error,
-            "code" => Place::ErrorCode,
-            "stop_reason" => Place::FinishReason,
-            "status" => Place::Status,
-            "incomplete_details" => Place::IncompleteDetails,
-            "meta" => Place::Meta,
+            b"choices" => Place::Choices,
+            b"model" => Place::Model,
+            b"usage" => Place::Usage(UsageAt::Top),
+            b"type" => Place::Kind,
+            b"object" => Place::Object,
+            b"delta" => Place::EventDelta,
+            b"message" => Place::Message,
+            b"response" => Place::Response,
+            b"metrics" => Place::Metrics,
+            b"error" => Place::Error,
+            b"code" => Place::ErrorCode,
+            b"stop_reason" => Place::FinishReason,
+            b"status" => Place::Status,
+            b"incomplete_details" => Place::IncompleteDetails,
+            b"meta" => Place::Meta,
             _ => return None,
         })
     }
@@ -198,34 +198,34 @@ impl Reader for Findings {
 
     const ROOT: Place = Place::Root;
 
-    fn member(&mut self, object: Place, key: &str) -> Option<Place> {
+    fn member(&mut self, object: Place, key: &[u8]) -> Option<Place> {
         Some(match (object, key) {
             (Place::Root, _) => return Findings::root_member(key),
-            (Place::Choice, "index") => Place::ChoiceIndex,
-            (Place::Choice, "delta" | "message") => Place::ChoiceDelta,
-            (Place::Choice, "text") => Place::ChoiceText,
-            (Place::Choice, "finish_reason") => Place::FinishReason,
-            (Place::Choice, "token_ids") => Place::TokenIds,
-            (Place::ChoiceDelta, "content" | "reasoning" | "reasoning_content" | "refusal") => {
+            (Place::Choice, b"index") => Place::ChoiceIndex,
+            (Place::Choice, b"delta" | b"message") => Place::ChoiceDelta,
+            (Place::Choice, b"text") => Place::ChoiceText,
+            (Place::Choice, b"finish_reason") => Place::FinishReason,
+            (Place::Choice, b"token_ids") => Place::TokenIds,
+            (Place::ChoiceDelta, b"content" | b"reasoning" | b"reasoning_content" | b"refusal") => {
                 Place::ChoiceText
             }
-            (Place::ChoiceDelta, "tool_calls") => Place::ToolCalls,
-            (Place::ChoiceDelta, "function_call") => Place::FunctionCall,
+            (Place::ChoiceDelta, b"tool_calls") => Place::ToolCalls,
+            (Place::ChoiceDelta, b"function_call") => Place::FunctionCall,
             (Place::Usage(_), _) => Place::Count(Member::of_usage(key)?),
             (Place::Count(details), _) => Place::Count(details.of_details(key)?),
-            (Place::EventDelta, "text" | "thinking" | "partial_json") => Place::BlockText,
-            (Place::EventDelta, "stop_reason") => Place::FinishReason,
-            (Place::Message | Place::Response, "model") => Place::Model,
-            (Place::Message, "usage") => Place::Usage(UsageAt::Message),
-            (Place::Response, "usage") => Place::Usage(UsageAt::Response),
-            (Place::Response, "status") => Place::Status,
-            (Place::Response, "incomplete_details") => Place::IncompleteDetails,
-            (Place::Response, "error") => Place::Error,
-            (Place::IncompleteDetails, "reason") => Place::FinishReason,
-            (Place::Metrics, "queue_time_ms") => Place::QueueTime,
-            (Place::Error, "type") => Place::ErrorType,
-            (Place::Error, "code") => Place::ErrorCode,
-            (Place::Meta, "billed_units") => Place::Usage(UsageAt::Top),
+            (Place::EventDelta, b"text" | b"thinking" | b"partial_json") => Place::BlockText,
+            (Place::EventDelta, b"stop_reason") => Place::FinishReason,
+            (Place::Message | Place::Response, b"model") => Place::Model,
+            (Place::Message, b"usage") => Place::Usage(UsageAt::Message),
+            (Place::Response, b"usage") => Place::Usage(UsageAt::Response),
+            (Place::Response, b"status") => Place::Status,
+            (Place::Response, b"incomplete_details") => Place::IncompleteDetails,
+            (Place::Response, b"error") => Place::Error,
+            (Place::IncompleteDetails, b"reason") => Place::FinishReason,
+            (Place::Metrics, b"queue_time_ms") => Place::QueueTime,
+            (Place::Error, b"type") => Place::ErrorType,
+            (Place::Error, b"code") => Place::ErrorCode,
+            (Place::Meta, b"billed_units") => Place::Usage(UsageAt::Top),
             _ => return None,
         })
     }

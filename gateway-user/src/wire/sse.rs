@@ -176,3 +176,132 @@ impl Default for EventReader {
 fn line_len(input: &[u8]) -> usize {
     memchr::memchr2(b'\n', b'\r', input).unwrap_or(input.len())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(pieces: &[&[u8]]) -> (Vec<(String, bool)>, EventReader) {
+        let (mut reader, mut events, mut data) = (EventReader::new(), Vec::new(), Vec::new());
+        for piece in pieces {
+            let mut input = *piece;
+            loop {
+                match reader.next(&mut input) {
+                    Step::Data(run) => data.extend_from_slice(run),
+                    Step::Event { is_done_marker } => {
+                        let text = String::from_utf8_lossy(&std::mem::take(&mut data)).into_owned();
+                        events.push((text, is_done_marker));
+                    }
+                    Step::More => break,
+                }
+            }
+        }
+        (events, reader)
+    }
+
+    fn data(text: &str) -> Vec<String> {
+        read(&[text.as_bytes()])
+            .0
+            .into_iter()
+            .map(|(data, _)| data)
+            .collect()
+    }
+
+    /// What the standard's own steps give, on a whole buffer.
+    fn by_the_standard(text: &str) -> Vec<String> {
+        let text = text.replace("\r\n", "\n").replace('\r', "\n");
+        let (mut events, mut data) = (Vec::new(), Vec::new());
+        for line in text
+            .split_inclusive('\n')
+            .filter_map(|line| line.strip_suffix('\n'))
+        {
+            let (name, value) = line.split_once(':').unwrap_or((line, ""));
+            if line.is_empty() {
+                if !data.is_empty() {
+                    events.push(std::mem::take(&mut data).join("\n"));
+                }
+            } else if name == "data" {
+                data.push(value.strip_prefix(' ').unwrap_or(value));
+            }
+        }
+        events
+    }
+
+    #[test]
+    fn lines_end_in_any_of_three_ways() {
+        for end in ["\n", "\r\n", "\r"] {
+            let text = ["event: x", "data: a", "data:b", "", ": note", "data", "id: 7", ""].join(end) + end;
+            assert_eq!(data(&text), ["a\nb", ""], "{end:?}");
+        }
+    }
+
+    #[test]
+    fn names_must_fit_and_one_space_goes() {
+        assert_eq!(data("dat: a\ndatax: b\nDATA: c\n data: d\n\n"), [""; 0]);
+        assert_eq!(data("data:  a\n\n"), [" a"]);
+        assert_eq!(data(":data: a\n\n\n\n"), [""; 0]);
+    }
+
+    #[test]
+    fn the_end_marker_is_recognised_only_alone() {
+        let marked = |text: &str| read(&[text.as_bytes()]).0.iter().any(|(_, is_done)| *is_done);
+        assert!(marked("data: [DONE]\n\n"));
+        assert!(marked("data:[DONE]\r\n\r\n"));
+        assert!(!marked("data: [DONE] \n\n"));
+        assert!(!marked("data: [DON\n\n"));
+        assert!(!marked("data: [DONE]\ndata: x\n\n"));
+        assert!(!marked("data: x\ndata: [DONE]\n\n"));
+        assert!(
+            marked("data: x\n\ndata: [DONE]\n\n"),
+            "each event is looked at anew"
+        );
+    }
+
+    #[test]
+    fn what_no_blank_line_ends_is_no_event_yet() {
+        let (events, reader) = read(&[b"data: a\n"]);
+        assert!(events.is_empty() && reader.has_unfinished_event());
+        assert!(!read(&[b"data: a\n\n: note\n"]).1.has_unfinished_event());
+    }
+
+    #[test]
+    fn a_damaged_event_is_passed_over() {
+        let mut reader = EventReader::new();
+        let mut input = &b"data: a"[..];
+        while reader.next(&mut input) != Step::More {}
+        reader.skip_damaged();
+        assert!(!reader.has_unfinished_event());
+        let mut input = &b"z\ndata: b\n\ndata: c\n\n"[..];
+        assert_eq!(reader.next(&mut input), Step::Data(b"c"));
+        assert_eq!(
+            reader.next(&mut input),
+            Step::Event {
+                is_done_marker: false
+            }
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_cut_gives_what_the_standard_gives(
+            text in "(data|event|:|d| |\r|\n|\r\n|\n\n|: |data: |[a-z\\[\\]]{1,9}){0,40}",
+            cuts in prop::collection::vec(1usize..6, 0..100),
+        ) {
+            let (mut rest, mut pieces) = (text.as_bytes(), Vec::new());
+            for cut in cuts {
+                let (piece, after) = rest.split_at(cut.min(rest.len()));
+                pieces.push(piece);
+                rest = after;
+            }
+            pieces.push(rest);
+            let events: Vec<String> = read(&pieces).0.into_iter().map(|(data, _)| data).collect();
+            prop_assert_eq!(events, by_the_standard(&text));
+        }
+
+        #[test]
+        fn no_input_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            read(&[&bytes]);
+        }
+    }
+}

@@ -26,24 +26,24 @@ pub(super) enum Member {
 
 impl Member {
     /// The member of `usage` with this name.
-    pub(super) fn of_usage(key: &str) -> Option<Member> {
+    pub(super) fn of_usage(key: &[u8]) -> Option<Member> {
         Some(match key {
-            "prompt_tokens" | "input_tokens" => Member::Prompt,
-            "completion_tokens" | "output_tokens" => Member::Completion,
-            "total_tokens" => Member::Total,
-            "cache_read_input_tokens" => Member::CacheRead,
-            "cache_creation_input_tokens" => Member::CacheCreation,
-            "prompt_tokens_details" | "input_tokens_details" => Member::PromptDetails,
-            "completion_tokens_details" | "output_tokens_details" => Member::CompletionDetails,
+            b"prompt_tokens" | b"input_tokens" => Member::Prompt,
+            b"completion_tokens" | b"output_tokens" => Member::Completion,
+            b"total_tokens" => Member::Total,
+            b"cache_read_input_tokens" => Member::CacheRead,
+            b"cache_creation_input_tokens" => Member::CacheCreation,
+            b"prompt_tokens_details" | b"input_tokens_details" => Member::PromptDetails,
+            b"completion_tokens_details" | b"output_tokens_details" => Member::CompletionDetails,
             _ => return None,
         })
     }
 
     /// The member with this name of an object within `usage`.
-    pub(super) fn of_details(self, key: &str) -> Option<Member> {
+    pub(super) fn of_details(self, key: &[u8]) -> Option<Member> {
         match (self, key) {
-            (Member::PromptDetails, "cached_tokens") => Some(Member::Cached),
-            (Member::CompletionDetails, "reasoning_tokens") => Some(Member::Reasoning),
+            (Member::PromptDetails, b"cached_tokens") => Some(Member::Cached),
+            (Member::CompletionDetails, b"reasoning_tokens") => Some(Member::Reasoning),
             _ => None,
         }
     }
@@ -63,17 +63,19 @@ pub(super) struct Usage {
 
 impl Usage {
     pub(super) fn set(&mut self, member: Member, count: Option<u64>) {
-        let slot = match member {
-            Member::Prompt => &mut self.prompt,
-            Member::Completion => &mut self.completion,
-            Member::Total => &mut self.total,
-            Member::CacheRead => &mut self.cache_read,
-            Member::CacheCreation => &mut self.cache_creation,
-            Member::Cached => &mut self.cached,
-            Member::Reasoning => &mut self.reasoning,
-            Member::PromptDetails | Member::CompletionDetails => return,
-        };
-        *slot = count;
+        match member {
+            Member::Prompt => self.prompt = count,
+            Member::Completion => self.completion = count,
+            Member::Total => self.total = count,
+            Member::CacheRead => {
+                self.cache_read = count;
+                self.cached = count;
+            }
+            Member::CacheCreation => self.cache_creation = count,
+            Member::Cached => self.cached = count,
+            Member::Reasoning => self.reasoning = count,
+            Member::PromptDetails | Member::CompletionDetails => {}
+        }
     }
 
     /// Everything that the prompt had, whether cached or not.
@@ -86,10 +88,6 @@ impl Usage {
             .unwrap_or(0)
             .checked_add(self.cache_creation.unwrap_or(0))?;
         self.prompt?.checked_add(beside)
-    }
-
-    fn cached(&self) -> Option<u64> {
-        self.cached.or(self.cache_read)
     }
 
     /// Whether it says anything about tokens (audio may report seconds instead).
@@ -123,7 +121,7 @@ impl Usage {
         let prompt = self.prompt();
         Tokens {
             prompt,
-            cached: self.cached(),
+            cached: self.cached,
             completion: self.completion,
             reasoning: self.reasoning,
             engine_prompt: times_over(prompt, times),
@@ -203,7 +201,7 @@ impl Running {
         let is_one_prompt = spread.is_some_and(|spread| spread.prompts == 1);
         Tokens {
             prompt,
-            cached: first.filter(|_| is_one_prompt).and_then(Usage::cached),
+            cached: first.filter(|_| is_one_prompt).and_then(|usage| usage.cached),
             completion,
             reasoning: first
                 .filter(|_| self.others.is_empty())
@@ -223,5 +221,75 @@ impl Running {
             let usage = (0..choices).find_map(|choice| self.of(prompt * choices + choice))?;
             sum.checked_add(usage.prompt()?)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usage(prompt: u64, completion: u64) -> Usage {
+        let mut usage = Usage::default();
+        usage.set(Member::Prompt, Some(prompt));
+        usage.set(Member::Completion, Some(completion));
+        usage
+    }
+
+    #[test]
+    fn billed_and_engine_prompts_differ_by_the_choices() {
+        let tokens = usage(19, 16).tokens(Some(2));
+        assert_eq!((tokens.prompt, tokens.engine_prompt), (Some(19), Some(38)));
+        assert_eq!(
+            (tokens.completion, tokens.engine_completion),
+            (Some(16), Some(16))
+        );
+        assert_eq!(usage(19, 16).tokens(None).engine_prompt, None);
+    }
+
+    #[test]
+    fn sums_that_overflow_are_unknown() {
+        assert_eq!(usage(u64::MAX, 1).tokens(Some(2)).engine_prompt, None);
+        let mut read = usage(u64::MAX, 1);
+        read.set(Member::CacheRead, Some(1));
+        assert_eq!(read.tokens(Some(1)).prompt, None);
+    }
+
+    #[test]
+    fn what_is_told_of_one_choice_only_is_not_summed() {
+        let mut first = usage(4, 1);
+        first.set(Member::Cached, Some(3));
+        first.set(Member::Reasoning, Some(1));
+        let spread = |choices, prompts| Some(Spread { choices, prompts });
+        let mut running = Running::default();
+        assert_eq!(running.tokens(spread(1, 1)), Tokens::default());
+        running.set(0, first);
+        let alone = running.tokens(spread(1, 1));
+        assert_eq!((alone.cached, alone.reasoning), (Some(3), Some(1)));
+        running.set(1, usage(4, 2));
+        let both = running.tokens(spread(2, 1));
+        assert_eq!(
+            (both.cached, both.reasoning, both.completion),
+            (Some(3), None, Some(3))
+        );
+        assert_eq!(running.tokens(spread(1, 2)).cached, None);
+    }
+
+    #[test]
+    fn after_a_loss_only_a_single_choice_can_be_known_again() {
+        let spread = Some(Spread {
+            choices: 1,
+            prompts: 1,
+        });
+        let mut single = Running::default();
+        single.set(0, usage(4, 1));
+        single.lose();
+        assert_eq!(single.tokens(spread), Tokens::default());
+        single.set(0, usage(4, 9));
+        assert_eq!(single.tokens(spread).completion, Some(9));
+        let mut several = Running::default();
+        several.set(1, usage(4, 1));
+        several.lose();
+        several.set(0, usage(4, 9));
+        assert_eq!(several.tokens(spread), Tokens::default());
     }
 }

@@ -12,10 +12,12 @@ mod http;
 mod metrics;
 mod options;
 mod pooling;
+mod prompts;
 mod request;
 mod router;
 mod shapes;
 mod tokens;
+mod tools;
 
 use std::io::Write as _;
 use std::sync::Arc;

@@ -28,7 +28,9 @@ pub fn render(stats: &Stats, options: &Options, started_s: f64) -> String {
     };
     page.process();
     page.gauges(stats);
-    page.counters(stats);
+    page.cache_counters(stats);
+    page.token_counters(stats);
+    page.request_counters(stats);
     page.request_histograms(stats);
     page.time_histograms(stats);
     page.cache_config(options);
@@ -112,7 +114,7 @@ impl Page {
         );
     }
 
-    fn counters(&mut self, stats: &Stats) {
+    fn cache_counters(&mut self, stats: &Stats) {
         let queries = "in terms of number of queried";
         let hits = "in terms of number of cached";
         self.counter(
@@ -139,6 +141,9 @@ impl Page {
             &format!("Multi-modal cache hits, {hits} items."),
             0,
         );
+    }
+
+    fn token_counters(&mut self, stats: &Stats) {
         self.counter(
             "num_preemptions",
             "Cumulative number of preemption from the engine.",
@@ -163,16 +168,7 @@ impl Page {
         let help = "Number of cached prompt tokens (local + external).";
         self.counter("prompt_tokens_cached", help, stats.prompt_tokens_cached);
         let tiers = ["device", "host", "p2p", "disk", "external_unspecified"];
-        let tiers = tiers.map(|tier| {
-            (
-                tier,
-                if tier == "device" {
-                    stats.prefix_hits as f64
-                } else {
-                    0.0
-                },
-            )
-        });
+        let tiers = tiers.map(|tier| (tier, stats.prefix_hits as f64 * f64::from(tier == "device")));
         self.series(
             "prompt_tokens_cached_by_source",
             CACHED_BY_SOURCE,
@@ -184,6 +180,9 @@ impl Page {
             "Number of generation tokens processed.",
             stats.generation_tokens,
         );
+    }
+
+    fn request_counters(&mut self, stats: &Stats) {
         let reasons = [
             ("stop", stats.success_stop as f64),
             ("length", stats.success_length as f64),

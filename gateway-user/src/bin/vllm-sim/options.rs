@@ -10,7 +10,7 @@ use clap::{Parser, ValueEnum};
 
 /// A stand-in for a vLLM OpenAI server: same routes, same bytes, same /metrics, no GPU.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "vllm-sim", about, long_about = None, disable_version_flag = true)]
+#[command(name = "vllm-sim", disable_version_flag = true)]
 pub struct Options {
     /// Address to listen on; with port 0 the system picks one and the first line of stdout names it.
     #[arg(long, default_value = "127.0.0.1:8000")]

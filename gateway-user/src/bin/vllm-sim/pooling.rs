@@ -6,9 +6,8 @@ use serde_json::Value;
 
 use crate::engine::{Finish, SeqSpec};
 use crate::options::Options;
-use crate::request::{
-    check_length, parse_body, prompt_inputs, prompt_salt, render_chat, require, resolve_model,
-};
+use crate::prompts::{check_length, prompt_inputs, render_chat};
+use crate::request::{parse_body, prompt_salt, require, resolve_model};
 use crate::shapes::Stamp;
 use crate::shapes::error::ApiError;
 use crate::shapes::pooling as shape;

@@ -8,6 +8,7 @@ mod kv;
 mod log;
 mod progress;
 mod scheduler;
+mod sequence;
 mod stats;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,7 +20,8 @@ use tokio::sync::{Notify, oneshot};
 
 pub use self::log::RequestLog;
 pub use self::progress::{Delta, Finish, Progress, Summary};
-pub use self::scheduler::{Limits, Scheduler, SeqSpec, StepLoad, Submission};
+pub use self::scheduler::{Limits, Scheduler, StepLoad};
+pub use self::sequence::{SeqSpec, Submission};
 pub use self::stats::{Histogram, Stats};
 
 /// Steps that are run before other tasks get a turn when nobody waits for a single token: bounds how long a new

@@ -11,9 +11,8 @@ use std::sync::Arc;
 
 use super::kv::{Held, KvPool};
 use super::log::{Record, RequestLog};
-use super::progress::{Finish, Progress, Summary};
+use super::sequence::{FirstSeq, Request, Seq, Submission, observe_end, reason, seconds, summary};
 use super::stats::Stats;
-use crate::tokens::Prompt;
 
 /// What bounds a step and the whole.
 #[derive(Debug, Clone, Copy)]
@@ -33,36 +32,6 @@ pub struct Limits {
     pub lockstep: bool,
 }
 
-/// One sequence to run.
-#[derive(Debug, Clone)]
-pub struct SeqSpec {
-    /// What to prefill.
-    pub prompt: Arc<Prompt>,
-    /// Tokens to generate; none for pooling.
-    pub target: u32,
-    /// Why it ends there.
-    pub finish: Finish,
-}
-
-/// One request.
-#[derive(Debug)]
-pub struct Submission {
-    /// Unique.
-    pub id: u64,
-    /// A sequence for each choice of each prompt.
-    pub seqs: Vec<SeqSpec>,
-    /// The `n` parameter: sequences of one prompt.
-    pub n: u32,
-    /// The limit on tokens; none for pooling.
-    pub max_tokens: Option<u32>,
-    /// Where to report.
-    pub progress: Arc<Progress>,
-    /// When it arrived, monotonic.
-    pub arrived_ns: u64,
-    /// For the request log: request id, path, model. None if nothing is logged.
-    pub label: Option<Box<[String; 3]>>,
-}
-
 /// What a planned step has to do, which decides how long it takes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StepLoad {
@@ -70,63 +39,6 @@ pub struct StepLoad {
     pub prefill_tokens: u32,
     /// Sequences that decode.
     pub decodes: u32,
-}
-
-#[derive(Debug)]
-struct Seq {
-    request: u64,
-    choice: u32,
-    spec: SeqSpec,
-    held: Held,
-    computed: u32,
-    generated: u32,
-    /// Tokens it computes in the step under way.
-    scheduled: u32,
-    cached: Option<u32>,
-    preemptions: u32,
-    scheduled_ns: u64,
-    first_token_ns: u64,
-    last_token_ns: u64,
-}
-
-impl Seq {
-    fn known(&self) -> u32 {
-        self.spec.prompt.tokens + self.generated
-    }
-}
-
-#[derive(Debug)]
-struct Request {
-    submission: Submission,
-    slots: Vec<usize>,
-    unfinished: usize,
-    /// For each prompt with several choices: how many have ended, and the longest.
-    prompts: Vec<(u32, u32)>,
-    counted_prompt: u64,
-    counted_completion: u64,
-    first: FirstSeq,
-}
-
-impl Request {
-    /// The longest answer to the prompt of `seq` if that was its last choice: vLLM counts these once a prompt.
-    fn note_choice_end(&mut self, seq: &Seq) -> Option<u32> {
-        let n = self.submission.n;
-        if n <= 1 {
-            return Some(seq.generated);
-        }
-        let (ended, longest) = self.prompts.get_mut((seq.choice / n) as usize)?;
-        *ended += 1;
-        *longest = (*longest).max(seq.generated);
-        (*ended == n).then_some(*longest)
-    }
-}
-
-/// Facts of the first choice, kept after its slot is gone.
-#[derive(Debug, Default, Clone, Copy)]
-struct FirstSeq {
-    scheduled_ns: u64,
-    first_token_ns: u64,
-    summary: Summary,
 }
 
 /// All sequences, and everything counted about them.
@@ -372,6 +284,7 @@ impl Scheduler {
         }
     }
 
+    /// Ends a sequence's share of the step; what came out of it, if it has computed all that it knew.
     fn advance(&mut self, slot: usize, now_ns: u64) -> Option<Output> {
         let seq = self.seqs[slot].as_mut()?;
         let chunk = std::mem::take(&mut seq.scheduled);
@@ -379,7 +292,7 @@ impl Scheduler {
             return None;
         }
         seq.computed += chunk;
-        if self.kv.shares() && seq.last_token_ns == 0 {
+        if seq.last_token_ns == 0 {
             let full = (seq.computed / self.limits.block_size) as usize;
             let blocks = &seq.spec.prompt.blocks;
             self.kv.publish(&mut seq.held, &blocks[..full.min(blocks.len())]);
@@ -388,32 +301,12 @@ impl Scheduler {
             return None;
         }
         let request = self.requests.get_mut(&seq.request)?;
-        let stats = &mut self.stats;
-        let mut tokens = 0;
-        if seq.last_token_ns == 0 {
-            let (all, cached) = (seq.spec.prompt.tokens, seq.cached.unwrap_or(0));
-            stats.prompt_tokens += u64::from(all);
-            stats.prompt_tokens_cached += u64::from(cached);
-            stats.prompt_tokens_computed += u64::from(all - cached);
-            request.counted_prompt += u64::from(all);
-            tokens += all - cached;
-            seq.first_token_ns = now_ns;
-            stats
-                .time_to_first_token
-                .observe(seconds(now_ns - request.submission.arrived_ns));
-            if seq.choice == 0 {
-                request.first.first_token_ns = now_ns;
-            }
-        } else {
-            stats
-                .inter_token_latency
-                .observe(seconds(now_ns - seq.last_token_ns));
-        }
+        let mut tokens = count_prompt_or_gap(&mut self.stats, seq, request, now_ns);
         seq.last_token_ns = now_ns;
         if seq.spec.target > 0 {
             seq.generated += 1;
             tokens += 1;
-            stats.generation_tokens += 1;
+            self.stats.generation_tokens += 1;
             request.counted_completion += 1;
         }
         let ended = seq.generated >= seq.spec.target;
@@ -519,65 +412,28 @@ struct Output {
     ended: bool,
 }
 
-fn reason(finish: Finish) -> &'static str {
-    match finish {
-        Finish::Stop => "stop",
-        Finish::Length => "length",
+/// With a first token the prompt counts, as a whole, and returns the tokens computed for it; with any other the gap
+/// since the last one does.
+fn count_prompt_or_gap(stats: &mut Stats, seq: &mut Seq, request: &mut Request, now_ns: u64) -> u32 {
+    if seq.last_token_ns != 0 {
+        stats
+            .inter_token_latency
+            .observe(seconds(now_ns - seq.last_token_ns));
+        return 0;
     }
-}
-
-fn summary(seq: &Seq, arrived_ns: u64, limits: Limits, now_ns: u64) -> Summary {
-    let cached_tokens = seq.cached.unwrap_or(0);
-    let full_tokens = seq.spec.prompt.blocks.len() as u32 * limits.block_size;
-    Summary {
-        cached_tokens,
-        created_cache_tokens: if limits.prefix_cache {
-            full_tokens.saturating_sub(cached_tokens)
-        } else {
-            0
-        },
-        queue_ns: seq.scheduled_ns.saturating_sub(arrived_ns),
-        prefill_ns: seq.first_token_ns - seq.scheduled_ns,
-        decode_ns: now_ns - seq.first_token_ns,
+    let (all, cached) = (seq.spec.prompt.tokens, seq.cached.unwrap_or(0));
+    stats.prompt_tokens += u64::from(all);
+    stats.prompt_tokens_cached += u64::from(cached);
+    stats.prompt_tokens_computed += u64::from(all - cached);
+    stats
+        .time_to_first_token
+        .observe(seconds(now_ns - request.submission.arrived_ns));
+    request.counted_prompt += u64::from(all);
+    seq.first_token_ns = now_ns;
+    if seq.choice == 0 {
+        request.first.first_token_ns = now_ns;
     }
-}
-
-fn observe_end(stats: &mut Stats, seq: &Seq, arrived_ns: u64, max_tokens: Option<u32>, now_ns: u64) {
-    match seq.spec.finish {
-        Finish::Stop => stats.success_stop += 1,
-        Finish::Length => stats.success_length += 1,
-    }
-    let decode_s = seconds(now_ns - seq.first_token_ns);
-    let gaps = seq.generated.saturating_sub(1);
-    stats
-        .request_prompt_tokens
-        .observe(f64::from(seq.spec.prompt.tokens));
-    stats.request_generation_tokens.observe(f64::from(seq.generated));
-    if let Some(max_tokens) = max_tokens {
-        stats.request_params_max_tokens.observe(f64::from(max_tokens));
-    }
-    stats.time_per_output_token.observe(if gaps == 0 {
-        0.0
-    } else {
-        decode_s / f64::from(gaps)
-    });
-    stats.e2e_latency.observe(seconds(now_ns - arrived_ns));
-    stats
-        .queue_time
-        .observe(seconds(seq.scheduled_ns.saturating_sub(arrived_ns)));
-    stats.inference_time.observe(seconds(now_ns - seq.scheduled_ns));
-    stats
-        .prefill_time
-        .observe(seconds(seq.first_token_ns - seq.scheduled_ns));
-    stats.decode_time.observe(decode_s);
-    stats.request_preemptions.observe(f64::from(seq.preemptions));
-    stats
-        .prefill_computed_tokens
-        .observe(f64::from(seq.spec.prompt.tokens - seq.cached.unwrap_or(0)));
-}
-
-fn seconds(ns: u64) -> f64 {
-    ns as f64 / 1e9
+    all - cached
 }
 
 #[cfg(test)]

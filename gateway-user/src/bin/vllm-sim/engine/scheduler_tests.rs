@@ -3,6 +3,9 @@ use std::task::{Context, Poll, Waker};
 use proptest::prelude::*;
 
 use super::*;
+use crate::engine::progress::{Finish, Progress};
+use crate::engine::sequence::SeqSpec;
+use crate::tokens::Prompt;
 
 const LIMITS: Limits = Limits {
     max_num_seqs: 8,

@@ -1,0 +1,3 @@
+//! Where facts are kept: ClickHouse, as a server or embedded.
+
+pub mod embedded;
