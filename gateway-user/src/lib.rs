@@ -9,4 +9,5 @@ pub mod identity;
 pub mod metrics;
 pub mod net;
 pub mod proxy;
+pub mod store;
 pub mod wire;
