@@ -161,9 +161,58 @@ impl RequestEvent {
     }
 }
 
-/// Where ended requests go. Called once for each, on the request's own task: it must neither block nor fail.
+/// A request that has begun and not ended: enough to account for it if the gateway does not live to see its end.
+#[derive(Clone, Debug, Serialize)]
+pub struct Begin<'a> {
+    /// As in the event that will end it.
+    pub event_id: &'a str,
+    /// Wall clock at the request's first byte, microseconds since 1970.
+    pub started_at_us: i64,
+    /// Which gateway it came to.
+    pub gateway_id: &'a str,
+    /// Who pays.
+    pub team_id: &'a str,
+    /// Optional second level of attribution.
+    pub project: Option<&'a str>,
+    /// Optional third level of attribution.
+    pub user_id: Option<&'a str>,
+    /// The route's name.
+    pub endpoint: &'static str,
+    /// `X-Request-Id`.
+    pub request_id: &'a str,
+    /// Trace id.
+    pub trace_id: Option<&'a str>,
+    /// The upstream, once one is chosen.
+    pub upstream: Option<&'a str>,
+    /// The model that is asked for, once the body was read.
+    pub model: Option<&'a str>,
+}
+
+impl<'a> Begin<'a> {
+    /// What is known of a request so far; `None` before it is known who it is for.
+    pub fn of(context: &'a Context, endpoint: &'static str, model: Option<&'a str>) -> Option<Begin<'a>> {
+        Some(Begin {
+            event_id: &context.event_id,
+            started_at_us: context.started_at_us,
+            gateway_id: &context.gateway_id,
+            team_id: context.team.as_deref()?,
+            project: context.project.as_deref(),
+            user_id: context.user.as_deref(),
+            endpoint,
+            request_id: &context.request_id,
+            trace_id: context.trace_id.as_deref(),
+            upstream: context.upstream.as_deref(),
+            model,
+        })
+    }
+}
+
+/// Where requests go. Called on the request's own task: it must neither block nor fail.
 pub trait EventSink: Send + Sync {
-    /// Takes note of a request that has ended.
+    /// Takes note of a request that is on its way: once its team is known, and again for each upstream that is tried.
+    fn began(&self, _begin: &Begin<'_>) {}
+
+    /// Takes note of a request that has ended. Called once for each.
     fn record(&self, event: &RequestEvent);
 }
 
@@ -180,6 +229,7 @@ impl Outcome {
             Outcome::TimedOut => "timed_out",
             Outcome::Refused => "refused",
             Outcome::Incomplete => "incomplete",
+            Outcome::GatewayCrash => "gateway_crash",
         }
     }
 }

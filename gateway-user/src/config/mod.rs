@@ -31,7 +31,9 @@ pub use schema::{
 };
 pub use units::ByteSize;
 pub use values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl, ValueError};
-pub use words::{Capture, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves};
+pub use words::{
+    Capture, Fsync, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull,
+};
 
 use read::Findings;
 use yaml::Document;

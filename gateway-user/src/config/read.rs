@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{
     error::{Place, Problem, quote, suggest},
-    schema::{Config, GatewayConfig, IdentityConfig, ProxyConfig, UpstreamConfig},
+    schema::{Config, GatewayConfig, IdentityConfig, ProxyConfig, SpoolConfig, UpstreamConfig},
     setting::Setting,
     values::{Name, UpstreamUrl},
     words::Serves,
@@ -107,7 +107,7 @@ pub(super) fn read_file(findings: &mut Findings<'_>, config: &mut Config) {
             section.read("username", &mut config.store.username);
             section.read("password", &mut config.store.password);
         });
-        top.section("spool", |section| section.read("dir", &mut config.spool.dir));
+        top.section("spool", |section| read_spool(section, &mut config.spool));
         top.section("log", |section| {
             section.read("level", &mut config.log.level);
             section.read("format", &mut config.log.format);
@@ -171,6 +171,16 @@ fn read_proxy(section: &mut Section<'_, '_>, proxy: &mut ProxyConfig) {
     section.read("max_connections", &mut proxy.max_connections);
     section.read("allow_admin_routes", &mut proxy.allow_admin_routes);
     section.read("health_interval", &mut proxy.health_interval);
+}
+
+fn read_spool(section: &mut Section<'_, '_>, spool: &mut SpoolConfig) {
+    section.read("dir", &mut spool.dir);
+    section.read("max_bytes", &mut spool.max_bytes);
+    section.read("when_full", &mut spool.when_full);
+    section.read("fsync", &mut spool.fsync);
+    section.read("fsync_interval", &mut spool.fsync_interval);
+    section.read("segment_bytes", &mut spool.segment_bytes);
+    section.read("seal_after", &mut spool.seal_after);
 }
 
 /// One map of the file while it is read. Which keys are known is simply which were asked for.

@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::{
     units::{ByteSize, serialize_duration},
     values::{HeaderName, Name, Secret, StoreUrl, UpstreamUrl},
-    words::{Capture, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves},
+    words::{Capture, Fsync, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull},
 };
 
 /// Everything that can be configured.
@@ -197,6 +197,20 @@ pub struct SpoolConfig {
     /// Directory, made if it is missing. It must outlive a restart: in a container, a volume. Default `./spool`.
     #[serde(serialize_with = "serialize_path")]
     pub dir: PathBuf,
+    /// Most bytes of rows that wait. Default 10 GiB: days of outage at a hundred requests a second.
+    pub max_bytes: ByteSize,
+    /// What becomes of rows beyond that. Default `drop_newest`: a row that was once kept is never given up again.
+    pub when_full: WhenFull,
+    /// What a power loss can take. Default `interval`.
+    pub fsync: Fsync,
+    /// Time between two flushes under `interval`. Default 1 s.
+    #[serde(serialize_with = "serialize_duration")]
+    pub fsync_interval: Duration,
+    /// Size of a file. Default 4 MiB: some thousand rows, far less than ClickHouse takes as one block.
+    pub segment_bytes: ByteSize,
+    /// How long a row waits for its file to fill before it can be sent. Default 1 s.
+    #[serde(serialize_with = "serialize_duration")]
+    pub seal_after: Duration,
 }
 
 /// Section `log`.
@@ -244,9 +258,7 @@ impl Default for Config {
                 scrape_interval: Duration::from_secs(15),
             },
             store: StoreConfig::default(),
-            spool: SpoolConfig {
-                dir: PathBuf::from("./spool"),
-            },
+            spool: SpoolConfig::default(),
             log: LogConfig {
                 level: LogLevel::Info,
                 format: LogFormat::Text,
@@ -324,6 +336,20 @@ impl Default for ProxyConfig {
             max_connections: 20_000,
             allow_admin_routes: false,
             health_interval: Duration::from_secs(2),
+        }
+    }
+}
+
+impl Default for SpoolConfig {
+    fn default() -> Self {
+        Self {
+            dir: PathBuf::from("./spool"),
+            max_bytes: ByteSize::from_mib(10 * 1024),
+            when_full: WhenFull::DropNewest,
+            fsync: Fsync::Interval,
+            fsync_interval: Duration::from_secs(1),
+            segment_bytes: ByteSize::from_mib(4),
+            seal_after: Duration::from_secs(1),
         }
     }
 }

@@ -6,7 +6,7 @@ use super::{
     error::suggest,
     units::{ByteSize, UnitError, parse_duration},
     values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl, ValueError},
-    words::{Capture, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves},
+    words::{Capture, Fsync, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull},
     yaml::Scalar,
 };
 
@@ -221,6 +221,8 @@ setting_by_word!(
     Serves,
     OnUninspectable,
     Inject,
+    WhenFull,
+    Fsync,
     LogLevel,
     LogFormat
 );

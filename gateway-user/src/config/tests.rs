@@ -109,7 +109,7 @@ upstreams:
 proxy: { inspect_max: 64KiB, abort_drain: 0s, on_uninspectable: reject }
 usage: { inject: off }
 store: { url: 'https://ch:8443', password: hunter2 }
-spool: { dir: /var/spool/gateway }
+spool: { dir: /var/spool/gateway, max_bytes: 1GiB, when_full: drop_oldest, fsync: off, segment_bytes: 1MiB, seal_after: 200ms }
 log: { format: json }
 ";
     let config = parse(text).unwrap();
@@ -138,7 +138,15 @@ log: { format: json }
     expected.usage.inject = Inject::Off;
     expected.store.url = StoreUrl::Server("https://ch:8443".into());
     expected.store.password = Some(Secret::new("hunter2"));
-    expected.spool.dir = PathBuf::from("/var/spool/gateway");
+    expected.spool = SpoolConfig {
+        dir: PathBuf::from("/var/spool/gateway"),
+        max_bytes: ByteSize::from_mib(1024),
+        when_full: WhenFull::DropOldest,
+        fsync: Fsync::Off,
+        segment_bytes: ByteSize::from_mib(1),
+        seal_after: Duration::from_millis(200),
+        ..SpoolConfig::default()
+    };
     expected.log.format = LogFormat::Json;
     assert_eq!(config, expected);
     assert_eq!(config.gateway.id_or_host_name().as_str(), "gw-1");

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use super::{
     error::quote,
     read::Findings,
-    schema::{Config, GatewayConfig, IdentityConfig, ProxyConfig, UpstreamConfig},
+    schema::{Config, GatewayConfig, IdentityConfig, ProxyConfig, SpoolConfig, UpstreamConfig},
     units::ByteSize,
     values::UpstreamUrl,
 };
@@ -18,6 +18,15 @@ const HEAD_MIN: ByteSize = ByteSize::from_kib(1);
 
 /// Each connection may hold a head of this size, so that more would let few clients take all memory.
 const HEAD_MAX: ByteSize = ByteSize::from_mib(1);
+
+/// A file of the spool must hold some rows, and the longest one.
+const SEGMENT_MIN: ByteSize = ByteSize::from_kib(64);
+
+/// A batch is sent as one block of ClickHouse, which would split a larger one.
+const SEGMENT_MAX: ByteSize = ByteSize::from_mib(64);
+
+/// One file that is filled, two that are ready, and one that waits.
+const SEGMENTS_MIN: u64 = 4;
 
 /// Headers that name nobody: those of the connection and the framing, which the proxy itself acts on, and those that carry
 /// credentials, which must not end up as a team's name in metrics and tables.
@@ -51,6 +60,7 @@ pub(super) fn validate(config: &Config, findings: &mut Findings<'_>) {
     validate_upstreams(&config.upstreams, findings);
     validate_proxy(&config.proxy, findings);
     validate_database(&config.store.database, findings);
+    validate_spool(&config.spool, findings);
     for (path, interval) in [
         ("metrics.emit_interval", config.metrics.emit_interval),
         ("vllm.scrape_interval", config.vllm.scrape_interval),
@@ -251,6 +261,25 @@ fn validate_database(database: &str, findings: &mut Findings<'_>) {
         );
         findings.refuse("store.database", message);
     }
+}
+
+fn validate_spool(spool: &SpoolConfig, findings: &mut Findings<'_>) {
+    if !(SEGMENT_MIN..=SEGMENT_MAX).contains(&spool.segment_bytes) {
+        let message = format!(
+            "expected {SEGMENT_MIN} to {SEGMENT_MAX}, found {}",
+            spool.segment_bytes
+        );
+        findings.refuse("spool.segment_bytes", message);
+    }
+    if spool.max_bytes.bytes() / SEGMENTS_MIN < spool.segment_bytes.bytes() {
+        let message = format!(
+            "expected at least {SEGMENTS_MIN} files of spool.segment_bytes, {}, found {}",
+            spool.segment_bytes, spool.max_bytes
+        );
+        findings.refuse("spool.max_bytes", message);
+    }
+    refuse_zero_duration("spool.fsync_interval", spool.fsync_interval, findings);
+    refuse_zero_duration("spool.seal_after", spool.seal_after, findings);
 }
 
 fn refuse_zero_duration(path: &str, duration: Duration, findings: &mut Findings<'_>) {

@@ -96,6 +96,28 @@ keywords! {
 }
 
 keywords! {
+    /// What becomes of rows when the spool has reached its size.
+    WhenFull {
+        /// New rows are dropped: what lies in the spool stays there, whole, until it is stored.
+        DropNewest = "drop_newest",
+        /// The oldest file that waits to be stored is deleted to make room.
+        DropOldest = "drop_oldest",
+    }
+}
+
+keywords! {
+    /// What the spool asks of the disk, and so what a power loss can take. A crash of the gateway takes nothing under any of them.
+    Fsync {
+        /// Nothing: a power loss takes what the kernel has not yet written by itself, usually half a minute.
+        Off = "off",
+        /// A flush at an interval: a power loss takes the rows of the last interval.
+        Interval = "interval",
+        /// A response ends only once its row is on the disk.
+        Each = "each",
+    }
+}
+
+keywords! {
     /// How much is logged.
     LogLevel {
         /// What needs somebody's attention.

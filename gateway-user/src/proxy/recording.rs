@@ -7,7 +7,7 @@ use super::Shared;
 use super::ids::random_hex;
 use super::refusal::Refusal;
 use super::trace::Trace;
-use crate::event::{Context, RequestEvent};
+use crate::event::{Begin, Context, RequestEvent};
 use crate::identity::Identity;
 use crate::metrics::InflightGuard;
 use crate::wire::exchange::{Ending, Exchange, Facts};
@@ -75,12 +75,28 @@ impl Recording {
             live.context.project = identity.project.as_ref().map(|project| project.as_str().into());
             live.context.user = identity.user.as_ref().map(|user| user.as_str().into());
         }
+        self.announce();
     }
 
     /// Takes note of the upstream that is tried.
     pub fn sent_to(&mut self, upstream: &str) {
         if let Some(live) = &mut self.live {
             live.context.upstream = Some(upstream.into());
+        }
+        self.announce();
+    }
+
+    /// Tells the sinks that the request is on its way.
+    fn announce(&self) {
+        let Some(Live { exchange, context }) = &self.live else {
+            return;
+        };
+        if let Some(begin) = Begin::of(
+            context,
+            exchange.endpoint().name(),
+            exchange.asked().model.as_deref(),
+        ) {
+            self.shared.sinks.iter().for_each(|sink| sink.began(&begin));
         }
     }
 

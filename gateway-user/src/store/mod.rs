@@ -1,3 +1,193 @@
-//! Where facts are kept: ClickHouse, as a server or embedded.
+//! What must not get lost: a journal of requests that have begun, and a spool of rows that wait to be stored.
+//!
+//! # What it promises
+//!
+//! * **Whoever saw a response end finds its row.** The row is in a memory-mapped file before the response's last bytes go to the client,
+//!   and the page cache outlives a killed process. Taking a row in makes no system call that can wait: it is a copy into a segment that
+//!   was made ahead of need. (Two exceptions, both counted or stated: when no segment is ready one is made on the spot, `spare_misses`;
+//!   and a page that the kernel is writing out at that moment makes its next writer wait, which the keeper pre-empts by touching pages
+//!   first.)
+//! * **Every request that began has one row in the end.** Its begin stays in the journal until its row is as durable as was asked for;
+//!   what has a begin and no row at the next start becomes a row with outcome `gateway_crash`, once, even if that start is killed too.
+//! * **A row is in one batch, and says which.** Batches are files of one JSON object a line, exactly what is sent. Their names,
+//!   `gateway/boot/sequence`, are never used twice. A file is deleted when it is acknowledged and not before.
+//! * **What cannot be sent is put aside**, in `quarantine/`, with its reason: torn rows, and rows that the store refuses.
+//! * **Requests never wait for accounting**, but for `fsync: each`, which is asking for it. Without room rows are lost by the policy
+//!   `spool.when_full`, counted by cause. The default, `drop_newest`, never gives up what was once kept: it keeps whole batches whole,
+//!   also the one that is being sent. `drop_oldest` is for those to whom this hour matters more than the last.
+//!
+//! # What a power loss takes
+//!
+//! A crash or kill of the gateway alone takes nothing, under any policy. When the machine dies:
+//!
+//! * `off`: whatever the kernel had not written by itself, on Linux mostly the last 30 s, of sealed files too; rows of the last
+//!   seconds may come up as `gateway_crash` although they had ended, even if they were stored (the store must let any other row of the
+//!   same event win over such a one).
+//! * `interval`: rows that ended within the last `fsync_interval`, plus the time of one flush. A request whose end was taken, but
+//!   whose begin was flushed, comes up as `gateway_crash`.
+//! * `each`: nothing whose end a client saw, if the caller waits for the [`Ticket`]. Begins are flushed at the interval.
+//!
+//! Rows are validated when they are read back, since a power loss can leave zeros in place of any page.
+//!
+//! # What it leaves out
+//!
+//! Nothing here knows ClickHouse, or sends anything. The journal does not count against `spool.max_bytes`: it is bounded by the
+//! requests in flight. Directories are locked with `flock`, which some network file systems do not share between machines.
 
+mod directory;
 pub mod embedded;
+mod journal;
+mod keeper;
+mod names;
+mod recover;
+mod scan;
+mod sealed;
+mod segment;
+mod spool;
+mod stats;
+mod supply;
+#[cfg(test)]
+mod testing;
+
+pub use names::BatchId;
+pub use sealed::Batch;
+pub use spool::{Spool, Ticket};
+pub use stats::{DropCause, SpoolStats};
+
+use crate::config::SpoolConfig;
+use crate::event::{Begin, EventSink, RequestEvent};
+use directory::DirLock;
+use journal::Journal;
+use keeper::Keeper;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Row buffers that are kept: more than there are threads that could want one at a time.
+const BUFFERS_MAX: usize = 64;
+
+/// Why there is no store.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Another process uses the directory.
+    #[error(
+        "{} is in use by {holder}: two gateways need two names (gateway.id), or two directories (spool.dir or SPOOL_DIR)",
+        dir.display()
+    )]
+    Locked {
+        /// The gateway's directory.
+        dir: PathBuf,
+        /// Who has it, as far as that is known.
+        holder: String,
+    },
+    /// The file system would not.
+    #[error(
+        "the spool cannot {what} {}: {source}; spool.dir (SPOOL_DIR) must be a directory with room that the gateway may write to",
+        path.display()
+    )]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The system gave no thread.
+    #[error("the spool's thread could not be started: {0}")]
+    Thread(io::Error),
+}
+
+impl StoreError {
+    fn io(what: &'static str, path: &Path, source: io::Error) -> StoreError {
+        StoreError::Io {
+            what,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
+/// The sink that keeps every request. When it is dropped, what it holds is sealed.
+pub struct Store {
+    spool: Arc<Spool>,
+    buffers: Mutex<Vec<Vec<u8>>>,
+    _keeper: Keeper,
+}
+
+impl Store {
+    /// Opens the spool of `gateway`, with all that earlier runs left: theirs, and that of gateways that are no more.
+    ///
+    /// Reads every file that waits, so that after a long outage this takes a while (10 GiB: as long as the disk needs for them).
+    ///
+    /// # Errors
+    /// [`StoreError`]. Nothing is lost then.
+    pub fn open(config: &SpoolConfig, gateway: &str) -> Result<Store, StoreError> {
+        let spool = Arc::new(open_spool(config, gateway)?);
+        let keeper = Keeper::start(&spool).map_err(StoreError::Thread)?;
+        Ok(Store {
+            spool,
+            buffers: Mutex::default(),
+            _keeper: keeper,
+        })
+    }
+
+    /// Where the rows are.
+    pub fn spool(&self) -> &Arc<Spool> {
+        &self.spool
+    }
+
+    /// Keeps the end of a request.
+    ///
+    /// # Errors
+    /// Why its row is lost; that is counted already.
+    pub fn keep(&self, event: &RequestEvent) -> Result<Ticket, DropCause> {
+        let slot = self.spool.journal.ended(&event.event_id);
+        let mut line = lock(&self.buffers).pop().unwrap_or_default();
+        line.clear();
+        // An event is texts and numbers: there is nothing in it that JSON cannot say. If there were, the row would be refused.
+        let _ = serde_json::to_writer(&mut line, event);
+        let kept = self.spool.append_end(&line, slot);
+        let mut buffers = lock(&self.buffers);
+        if buffers.len() < BUFFERS_MAX {
+            buffers.push(line);
+        }
+        kept
+    }
+}
+
+impl EventSink for Store {
+    fn began(&self, begin: &Begin<'_>) {
+        self.spool.journal.begin(begin);
+    }
+
+    fn record(&self, event: &RequestEvent) {
+        // A loss is counted and logged where it happens.
+        let _ = self.keep(event);
+    }
+}
+
+/// Everything but the thread.
+fn open_spool(config: &SpoolConfig, gateway: &str) -> Result<Spool, StoreError> {
+    let dir = config.dir.join(gateway);
+    let dir_lock = DirLock::acquire(&dir)?;
+    let counters = Arc::default();
+    let segment_bytes = config.segment_bytes.as_len();
+    recover::adopt(&config.dir, &dir, segment_bytes, &counters)?;
+    let recovered = recover::recover(&dir, gateway, segment_bytes, &counters)?;
+    let journal = Journal::create(dir.clone(), gateway, recovered.next.boot);
+    let journal = journal.map_err(|source| StoreError::io("make a journal in", &dir, source))?;
+    Ok(Spool::new(config, dir_lock, recovered, journal))
+}
+
+/// A lock that a panicking thread leaves usable: what it protects is changed in single steps.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Wall clock, microseconds since 1970.
+fn wall_us() -> i64 {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since_1970.as_micros()).unwrap_or(i64::MAX)
+}

@@ -94,6 +94,11 @@ impl Exchange {
         self.request.push(piece);
     }
 
+    /// The request's route.
+    pub fn endpoint(&self) -> Endpoint {
+        self.endpoint
+    }
+
     /// What the request asked for, as far as its body has been seen.
     pub fn asked(&self) -> &Asked {
         self.request.asked()

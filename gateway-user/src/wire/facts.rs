@@ -43,6 +43,8 @@ pub enum Outcome {
     Refused,
     /// Not all of it was seen.
     Incomplete,
+    /// The gateway itself was killed before the request had ended.
+    GatewayCrash,
 }
 
 /// Where the token counts come from.
