@@ -34,33 +34,20 @@ const SLOW_READER_BYTES_MAX: u64 = 5 * MB;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_body_and_a_long_stream_pass_without_being_held() {
-    const BODY_BYTES: usize = 100_000_000;
     const EVENTS: u64 = 200_000;
     let upstream = Upstream::start().await;
     let gateway = ChildGateway::start("passing", upstream.addr);
     let before = warm(&gateway).await;
-    let received_before = upstream.deeds.received_bytes.load(Ordering::Relaxed);
-
-    gateway.reset_peak();
-    let mut client = send(
-        gateway.addr,
-        head("/v1/audio/transcriptions", Play::Document, BODY_BYTES).as_bytes(),
-    )
-    .await;
-    let piece = vec![b'x'; 1_000_000];
-    for _ in 0..BODY_BYTES / piece.len() {
-        client.write_all(&piece).await.expect("the body is taken");
+    for chunked in [false, true] {
+        gateway.reset_peak();
+        upload(&gateway, &upstream, chunked).await;
+        report("a body of 100 MB", before, gateway.peak());
+        assert!(
+            gateway.peak() < before + PASSING_BYTES_MAX,
+            "{} from {before}",
+            gateway.peak()
+        );
     }
-    let answer = read_past(&mut client, b"\r\n\r\n{}").await;
-    assert!(answer.starts_with(b"HTTP/1.1 200"));
-    let received = upstream.deeds.received_bytes.load(Ordering::Relaxed) - received_before;
-    assert_eq!(received, BODY_BYTES as u64);
-    report("a body of 100 MB", before, gateway.peak());
-    assert!(
-        gateway.peak() < before + PASSING_BYTES_MAX,
-        "{} from {before}",
-        gateway.peak()
-    );
 
     gateway.reset_peak();
     let client = send(
@@ -179,6 +166,35 @@ async fn warm(gateway: &ChildGateway) -> u64 {
         assert_eq!(digest_of_response(client).await, digest_of_stream(50, 8));
     }
     gateway.resident()
+}
+
+/// Sends a body of 100 MB, and sees that all of it arrives.
+async fn upload(gateway: &ChildGateway, upstream: &Upstream, chunked: bool) {
+    const PIECES: usize = 100;
+    let received = || upstream.deeds.received_bytes.load(Ordering::Relaxed);
+    let before = received();
+    let piece = vec![b'x'; 1_000_000];
+    let (path, length) = (
+        "/v1/audio/transcriptions",
+        (!chunked).then_some(PIECES * piece.len()),
+    );
+    let mut client = send(gateway.addr, head(path, Play::Document, length).as_bytes()).await;
+    for _ in 0..PIECES {
+        let (size, end) = if chunked {
+            (format!("{:x}\r\n", piece.len()), "\r\n")
+        } else {
+            (String::new(), "")
+        };
+        for part in [size.as_bytes(), &piece, end.as_bytes()] {
+            client.write_all(part).await.expect("the body is taken");
+        }
+    }
+    if chunked {
+        client.write_all(b"0\r\n\r\n").await.expect("the body is taken");
+    }
+    let answer = read_past(&mut client, b"\r\n\r\n{}").await;
+    assert!(answer.starts_with(b"HTTP/1.1 200"));
+    assert_eq!(received() - before, (PIECES * piece.len()) as u64);
 }
 
 /// Opens streams, a few at a time, until each has had its first chunk.

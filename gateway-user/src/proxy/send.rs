@@ -229,9 +229,8 @@ async fn send<'c>(
         }
         Body::Begun { first, rest } => {
             writer.write_all(request.head).await?;
+            write_framed(writer, first, request.rechunked).await?;
             let mut framed = Vec::new();
-            frame(first, request.rechunked, &mut framed);
-            writer.write_all(&framed).await?;
             let mut rest = rest.clone();
             let limits = &worker.shared.config.proxy;
             let mut receiver = Receiver {
@@ -273,6 +272,16 @@ async fn write_both(writer: &mut WriteHalf<'_>, head: &[u8], body: &[u8]) -> io:
         return writer.write_all(body).await;
     }
     writer.write_all(&body[written - head.len()..]).await
+}
+
+/// Sends `payload` from where it lies: up to `inspect_max` was read ahead, and a copy would be held for as long as the rest takes.
+async fn write_framed(writer: &mut WriteHalf<'_>, payload: &[u8], chunked: bool) -> io::Result<()> {
+    if !chunked || payload.is_empty() {
+        return writer.write_all(payload).await;
+    }
+    writer.write_all(format!("{:x}\r\n", payload.len()).as_bytes()).await?;
+    writer.write_all(payload).await?;
+    writer.write_all(b"\r\n").await
 }
 
 fn frame(payload: &[u8], chunked: bool, out: &mut Vec<u8>) {

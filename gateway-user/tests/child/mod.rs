@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use vllm_gateway::wire::body::{BodyReader, Step};
+use vllm_gateway::wire::head::Framing;
 
 /// Soft limit on descriptors that the gateway is started with: as low as some systems', so that it must raise it by itself.
 const SOFT_LIMIT: u32 = 256;
@@ -187,16 +189,9 @@ async fn serve(mut socket: TcpStream, deeds: &Deeds) -> std::io::Result<()> {
     let mut unread = Vec::new();
     loop {
         let head = read_head(&mut socket, &mut unread).await?;
-        let length = head
-            .lines()
-            .find_map(|line| line.strip_prefix("Content-Length: "));
-        let mut left = length.map_or(0, |length| length.parse::<usize>().expect("a length"));
-        while left > 0 {
-            let taken = left.min(unread.len());
-            deeds.received_bytes.fetch_add(taken as u64, Ordering::Relaxed);
-            left -= taken;
-            unread.drain(..taken);
-            if left > 0 && socket.read_buf(&mut unread).await? == 0 {
+        let mut body = BodyReader::new(framing(&head));
+        while !read_body(&mut body, &mut unread, deeds) {
+            if socket.read_buf(&mut unread).await? == 0 {
                 return Ok(());
             }
         }
@@ -227,6 +222,37 @@ async fn serve(mut socket: TcpStream, deeds: &Deeds) -> std::io::Result<()> {
             }
         }
     }
+}
+
+fn framing(head: &str) -> Framing {
+    let head = head.to_ascii_lowercase();
+    match head
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length: "))
+    {
+        Some(length) => Framing::Length(length.parse().expect("a length")),
+        None if head.contains("transfer-encoding: chunked") => Framing::Chunked,
+        None => Framing::None,
+    }
+}
+
+/// Counts the payload in `unread`, and tells whether the body is over.
+fn read_body(body: &mut BodyReader, unread: &mut Vec<u8>, deeds: &Deeds) -> bool {
+    let mut input = &unread[..];
+    let done = loop {
+        match body.next(&mut input).expect("sound framing") {
+            Step::Data(payload) => {
+                deeds
+                    .received_bytes
+                    .fetch_add(payload.len() as u64, Ordering::Relaxed);
+            }
+            Step::More => break false,
+            Step::End => break true,
+        }
+    };
+    let left = input.len();
+    unread.drain(..unread.len() - left);
+    done
 }
 
 const STREAM_HEAD: &str =
@@ -269,11 +295,15 @@ pub fn digest_of_stream(events: u64, text_bytes: usize) -> [u8; 32] {
     digest.finalize().into()
 }
 
-/// The head of a request that asks the upstream for `play`.
-pub fn head(path: &str, play: Play, body_bytes: usize) -> String {
+/// The head of a request that asks the upstream for `play`; without a length its body comes in chunks.
+pub fn head(path: &str, play: Play, body_bytes: Option<usize>) -> String {
+    let framing = match body_bytes {
+        Some(bytes) => format!("Content-Length: {bytes}"),
+        None => "Transfer-Encoding: chunked".to_owned(),
+    };
     format!(
         "POST {path} HTTP/1.1\r\nHost: a\r\nX-Team-ID: search\r\nX-Play: {}\r\nContent-Type: application/json\r\n\
-         Content-Length: {body_bytes}\r\n\r\n",
+         {framing}\r\n\r\n",
         play.header()
     )
 }
@@ -283,7 +313,7 @@ pub fn chat(play: Play, prompt_bytes: usize) -> Vec<u8> {
     let prompt = "word ".repeat(prompt_bytes.div_ceil(5));
     let body =
         format!(r#"{{"model":"tiny","stream":true,"messages":[{{"role":"user","content":"{prompt}"}}]}}"#);
-    (head("/v1/chat/completions", play, body.len()) + &body).into_bytes()
+    (head("/v1/chat/completions", play, Some(body.len())) + &body).into_bytes()
 }
 
 /// Sends `request` on a connection of its own.
