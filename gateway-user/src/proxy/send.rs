@@ -279,7 +279,9 @@ async fn write_framed(writer: &mut WriteHalf<'_>, payload: &[u8], chunked: bool)
     if !chunked || payload.is_empty() {
         return writer.write_all(payload).await;
     }
-    writer.write_all(format!("{:x}\r\n", payload.len()).as_bytes()).await?;
+    writer
+        .write_all(format!("{:x}\r\n", payload.len()).as_bytes())
+        .await?;
     writer.write_all(payload).await?;
     writer.write_all(b"\r\n").await
 }
