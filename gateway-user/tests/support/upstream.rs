@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-/// A server that follows a script. Health checks it answers by itself, outside of the script.
+/// A server that follows a script. What the gateway asks for itself it answers by itself, outside of the script.
 pub struct Upstream {
     /// Where it listens.
     pub addr: SocketAddr,
@@ -24,7 +24,7 @@ pub struct Upstream {
 #[derive(Default)]
 pub struct Seen {
     requests: Mutex<Vec<String>>,
-    /// Connections that carried something else than a health check.
+    /// Connections that carried clients' requests.
     pub connections: AtomicUsize,
     /// Connections whose other side said that it would send no more.
     pub half_closed: AtomicUsize,
@@ -77,7 +77,7 @@ impl Upstream {
                         seen,
                         turn: 0,
                     };
-                    if talk.fill_to_head().await.is_none() || talk.is_health_check().await {
+                    if talk.fill_to_head().await.is_none() || talk.is_gateways_own().await {
                         return;
                     }
                     talk.turn = talk.seen.connections.fetch_add(1, Ordering::Relaxed);
@@ -130,7 +130,7 @@ pub struct Talk {
     unread: Vec<u8>,
     /// What the upstream saw.
     pub seen: Arc<Seen>,
-    /// How many connections came before this one, health checks aside.
+    /// How many connections came before this one, the gateway's own aside.
     pub turn: usize,
 }
 
@@ -206,20 +206,20 @@ impl Talk {
         (read > 0).then_some(())
     }
 
-    async fn is_health_check(&mut self) -> bool {
+    /// Whether the gateway asks for itself, not for a client: health checks, and reads of the server's metrics, of which it has none.
+    async fn is_gateways_own(&mut self) -> bool {
         let is_check = self.unread.starts_with(b"GET /health ");
-        if is_check {
-            let status = if self.seen.ill.load(Ordering::Relaxed) {
-                "503 No"
-            } else {
-                "200 OK"
+        let is_scrape = self.unread.starts_with(b"GET /metrics ");
+        if is_check || is_scrape {
+            let status = match (is_check, self.seen.ill.load(Ordering::Relaxed)) {
+                (true, false) => "200 OK",
+                (true, true) => "503 No",
+                (false, _) => "404 Not Found",
             };
-            self.send(format!(
-                "HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-            ))
-            .await;
+            let head = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            self.send(head).await;
         }
-        is_check
+        is_check || is_scrape
     }
 
     /// Sends `bytes`; that the other side has gone is for the test to notice elsewhere.
