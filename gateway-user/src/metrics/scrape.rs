@@ -35,7 +35,7 @@ impl ScrapeFamilies {
             success: of.gauge("gateway_scrape_success", "1 if the last scrape of the upstream's own metrics gave a page.", &["upstream"])?,
             duration: float("gateway_scrape_duration_seconds", "How long the last scrape of the upstream's own metrics took.", &["upstream"])?,
             failures: of.counter("gateway_scrape_failures_total", "Scrapes of the upstream's own metrics that gave no page, by reason.", &["upstream", "reason"])?,
-            resets: of.counter("gateway_scrape_counter_resets_total", "Scrapes whose counters did not follow from the scrape before: a restart, or several processes behind one address.", &["upstream"])?,
+            resets: of.counter("gateway_scrape_resets_total", "Scrapes whose counters did not follow from the scrape before: a restart, or several processes behind one address.", &["upstream"])?,
             running: float("gateway_vllm_requests_running", "Requests in the running batches of the model's engines.", model)?,
             waiting: float("gateway_vllm_requests_waiting", "Requests in the queues of the model's engines.", model)?,
             kv_cache_usage: float("gateway_vllm_kv_cache_usage_ratio", "Share of the KV cache in use, mean over the model's engines.", model)?,

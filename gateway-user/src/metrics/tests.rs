@@ -1,6 +1,7 @@
 //! What the registry promises as a whole.
 
 use super::*;
+use crate::vllm::SystemSample;
 use crate::wire::endpoint::Endpoint;
 use crate::wire::exchange::{GAP_BOUNDS_US, Gaps, UsageSource};
 use proptest::prelude::*;
@@ -296,11 +297,34 @@ fn full() -> Metrics {
     let queue = metrics.queue("spool");
     queue.set_depth(3);
     queue.dropped("full", 2);
+    metrics.scrape("main").record(&[system_sample()]);
     metrics
 }
 
+/// A scrape after which every value is known.
+fn system_sample() -> SystemSample {
+    SystemSample {
+        upstream: "main".into(),
+        model: "quote\"back\\slash".into(),
+        ok: true,
+        scrape_us: 2_500,
+        running: Some(3.0),
+        waiting: Some(1.0),
+        kv_cache_usage: Some(0.5),
+        prefix_cache_hit_ratio: Some(0.25),
+        preemptions_total: Some(7),
+        preemptions_delta: Some(1),
+        prompt_tokens_total: Some(100),
+        prompt_tokens_delta: Some(10),
+        generation_tokens_total: Some(200),
+        generation_tokens_delta: Some(20),
+        request_success: [("stop".into(), 2)].into(),
+        ..SystemSample::default()
+    }
+}
+
 /// All names that are promised to dashboards; a rename here is a break for whoever uses them.
-const NAMES: [&str; 26] = [
+const NAMES: [&str; 38] = [
     "gateway_build_info",
     "gateway_client_connections",
     "gateway_dropped_total",
@@ -314,6 +338,10 @@ const NAMES: [&str; 26] = [
     "gateway_request_overhead_seconds",
     "gateway_requests_total",
     "gateway_response_body_bytes_total",
+    "gateway_scrape_duration_seconds",
+    "gateway_scrape_failures_total",
+    "gateway_scrape_resets_total",
+    "gateway_scrape_success",
     "gateway_start_time_seconds",
     "gateway_tokens_total",
     "gateway_upstream_connect_failures_total",
@@ -322,6 +350,14 @@ const NAMES: [&str; 26] = [
     "gateway_upstream_retries_total",
     "gateway_upstream_up",
     "gateway_usage_source_total",
+    "gateway_vllm_generation_tokens_total",
+    "gateway_vllm_kv_cache_usage_ratio",
+    "gateway_vllm_preemptions_total",
+    "gateway_vllm_prefix_cache_hit_ratio",
+    "gateway_vllm_prompt_tokens_total",
+    "gateway_vllm_request_success_total",
+    "gateway_vllm_requests_running",
+    "gateway_vllm_requests_waiting",
     "gen_ai_server_request_duration_seconds",
     "gen_ai_server_time_per_output_token_seconds",
     "gen_ai_server_time_to_first_token_seconds",

@@ -8,7 +8,7 @@
 //! such; nothing here touches a request. Sums of differences are what the engine's counters grew by, also across failed scrapes.
 //!
 //! Left out: what other exporters say (GPU, node), and several processes that answer in turn behind one address. Their counters
-//! go up and down, which shows as a reset at almost every scrape (`gateway_scrape_counter_resets_total`); scrape each by its own address.
+//! go up and down, which shows as a reset at almost every scrape (`gateway_scrape_resets_total`); scrape each by its own address.
 
 pub mod delta;
 pub mod exposition;

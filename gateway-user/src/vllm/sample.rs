@@ -74,7 +74,7 @@ pub struct SystemSample {
     /// Between two tokens of a request.
     #[serde(flatten, with = "columns::itl")]
     pub itl: Percentiles,
-    /// In the queue.
+    /// In the queue. vLLM's own buckets begin at 0.3 s here and in the two below: what took less shows as some share of that.
     #[serde(flatten, with = "columns::queue")]
     pub queue: Percentiles,
     /// In prefill.

@@ -135,14 +135,14 @@ impl Scraper {
     pub async fn scrape(&mut self) -> Vec<SystemSample> {
         let started = Instant::now();
         let fetched = timeout(self.limits.whole, fetch(&self.url, self.limits)).await;
-        let arrived = Instant::now();
+        let (arrived, scraped_at_ms) = (Instant::now(), wall_ms());
         let page = match fetched {
             Ok(Ok(body)) => read(body).await,
             Ok(Err(error)) => Err(error),
             Err(_) => Err(ScrapeError::Timeout(self.limits.whole)),
         };
         let base = SystemSample {
-            scraped_at_ms: wall_ms(),
+            scraped_at_ms,
             gateway_id: self.gateway_id.clone(),
             upstream: self.upstream.clone(),
             scrape_us: u64::try_from((arrived - started).as_micros()).unwrap_or(u64::MAX),

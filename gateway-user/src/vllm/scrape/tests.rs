@@ -376,6 +376,7 @@ async fn a_failed_scrape_takes_the_series_away_and_its_tokens_come_with_the_next
         ok(UNDER_LOAD),
         failure,
         ok(AFTER),
+        ok(UNDER_LOAD),
         ok(POOLING),
     ];
     let (addr, _) = server(pages).await;
@@ -439,13 +440,18 @@ async fn a_failed_scrape_takes_the_series_away_and_its_tokens_come_with_the_next
     );
     assert_eq!(value("gateway_scrape_success{upstream=\"gpu-1\"}"), Some(1.0));
 
+    let resets = || value("gateway_scrape_resets_total{upstream=\"gpu-1\"}");
+    assert_eq!(resets(), Some(0.0));
+    scraper.scrape().await;
+    assert_eq!(
+        (resets(), tiny("generation_tokens_total")),
+        (Some(1.0), Some(130.0)),
+        "a reset adds nothing"
+    );
+
     scraper.scrape().await;
     assert!(
         !metrics.encode().unwrap().contains("model=\"tiny\""),
         "the model is gone, and so are its series"
-    );
-    assert_eq!(
-        value("gateway_scrape_counter_resets_total{upstream=\"gpu-1\"}"),
-        Some(0.0)
     );
 }
