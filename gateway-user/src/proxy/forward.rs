@@ -53,6 +53,7 @@ pub async fn serve(worker: &Worker, client: &mut Client, head: RequestHead, at: 
             let response =
                 refusal.response(endpoint, forward.recording.request_id(), forward.head.method(), close);
             forward.recording.refuse(&refusal);
+            forward.recording.settled().await;
             match forward.client.send(&response).await {
                 Err(_) => Next::Drop,
                 Ok(()) if close => Next::Close,

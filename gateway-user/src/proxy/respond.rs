@@ -101,6 +101,7 @@ async fn stream(
     drop(early);
     if progress.done {
         recording.end(Ending::Complete);
+        recording.settled().await;
         writer.send(&out).await?;
         return Ok(surplus);
     }
@@ -132,6 +133,7 @@ async fn stream(
                 let ready = if relay.is_verbatim() { &bytes[..progress.consumed] } else { &out[..] };
                 if progress.done {
                     recording.end(Ending::Complete);
+                    recording.settled().await;
                     writer.send(ready).await?;
                     return Ok(progress.consumed < bytes.len());
                 }
@@ -144,6 +146,7 @@ async fn stream(
                 out.clear();
                 if relay.closed(&mut out) {
                     recording.end(Ending::Complete);
+                    recording.settled().await;
                     writer.send(&out).await?;
                     return Ok(true);
                 }
