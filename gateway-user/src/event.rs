@@ -6,6 +6,7 @@
 
 use crate::wire::exchange::{Facts, Outcome, UsageSource};
 use serde::{Serialize, Serializer};
+use std::pin::Pin;
 
 /// Everything about a request that the bytes themselves do not tell.
 #[derive(Clone, Debug)]
@@ -207,10 +208,19 @@ impl<'a> Begin<'a> {
     }
 }
 
+/// Done when everything that a sink has recorded so far is as safe as was asked for.
+pub type Settled = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 /// Where requests go. Called on the request's own task: it must neither block nor fail.
 pub trait EventSink: Send + Sync {
     /// Takes note of a request that is on its way: once its team is known, and again for each upstream that is tried.
     fn began(&self, _begin: &Begin<'_>) {}
+
+    /// What a response has to wait for before its last bytes go out, once its event is recorded. Only a sink that was asked for
+    /// more than the life of this process can promise has anything to wait for.
+    fn settled(&self) -> Option<Settled> {
+        None
+    }
 
     /// Takes note of a request that has ended. Called once for each.
     fn record(&self, event: &RequestEvent);

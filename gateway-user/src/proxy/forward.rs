@@ -67,6 +67,7 @@ pub async fn serve(worker: &Worker, client: &mut Client, head: RequestHead, at: 
                 close,
             );
             forward.recording.refuse(&refusal);
+            forward.recording.settled().await;
             match forward.client.send(&response).await {
                 Err(_) => Next::Drop,
                 Ok(()) if close => Next::Close,

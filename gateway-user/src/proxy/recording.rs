@@ -108,6 +108,13 @@ impl Recording {
         }
     }
 
+    /// Waits until the event is as safe as was configured (`spool.fsync: each`); in all other cases there is nothing to wait for.
+    pub async fn settled(&self) {
+        for settled in self.shared.sinks.iter().filter_map(|sink| sink.settled()) {
+            settled.await;
+        }
+    }
+
     /// The observer; `None` once the event is out.
     pub fn exchange(&mut self) -> Option<&mut Exchange> {
         self.live.as_mut().map(|live| &mut live.exchange)

@@ -119,6 +119,7 @@ async fn stream(
     drop(early);
     if progress.done {
         recording.end(Ending::Complete);
+        recording.settled().await;
         writer.send(&out).await?;
         return Ok(surplus);
     }
@@ -154,6 +155,7 @@ async fn stream(
                 };
                 if progress.done {
                     recording.end(Ending::Complete);
+                    recording.settled().await;
                     writer.send(ready).await?;
                     return Ok(progress.consumed < bytes.len());
                 }
@@ -167,6 +169,7 @@ async fn stream(
                 // A reset ends nothing properly, not even a body that ends with the connection.
                 if relay.closed(&mut out) && read.is_ok() {
                     recording.end(Ending::Complete);
+                    recording.settled().await;
                     writer.send(&out).await?;
                     return Ok(true);
                 }

@@ -55,7 +55,7 @@ pub use spool::{Spool, Ticket};
 pub use stats::{DropCause, SpoolStats};
 
 use crate::config::SpoolConfig;
-use crate::event::{Begin, EventSink, RequestEvent};
+use crate::event::{Begin, EventSink, RequestEvent, Settled};
 use directory::DirLock;
 use journal::Journal;
 use keeper::Keeper;
@@ -125,6 +125,8 @@ impl Store {
     /// [`StoreError`]. Nothing is lost then.
     pub fn open(config: &SpoolConfig, gateway: &str) -> Result<Store, StoreError> {
         let spool = Arc::new(open_spool(config, gateway)?);
+        // Before the first request comes, so that it finds a segment.
+        spool.supply.fill();
         let keeper = Keeper::start(&spool).map_err(StoreError::Thread)?;
         Ok(Store {
             spool,
@@ -163,8 +165,13 @@ impl EventSink for Store {
     }
 
     fn record(&self, event: &RequestEvent) {
-        // A loss is counted and logged where it happens.
+        // A loss is counted and logged where it happens; who has to wait does so by `settled`.
         let _ = self.keep(event);
+    }
+
+    fn settled(&self) -> Option<Settled> {
+        let ticket = self.spool.unsettled()?;
+        Some(Box::pin(ticket.durable()))
     }
 }
 
@@ -190,4 +197,164 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn wall_us() -> i64 {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_1970.as_micros()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{TempDir, begin};
+    use super::*;
+    use crate::config::{ByteSize, Fsync};
+    use crate::event::Context;
+    use crate::wire::At;
+    use crate::wire::exchange::{Ending, Facts};
+
+    fn config(dir: &TempDir, fsync: Fsync) -> SpoolConfig {
+        let segment_bytes = ByteSize::from_kib(64);
+        SpoolConfig {
+            dir: dir.path().to_owned(),
+            segment_bytes,
+            fsync,
+            ..SpoolConfig::default()
+        }
+    }
+
+    fn ended(event_id: &str) -> RequestEvent {
+        let begin = begin(event_id);
+        let context = Context {
+            event_id: event_id.into(),
+            started_at_us: begin.started_at_us,
+            gateway_id: begin.gateway_id.into(),
+            team: Some(begin.team_id.into()),
+            project: None,
+            user: None,
+            upstream: None,
+            request_id: begin.request_id.into(),
+            trace_id: None,
+            status: Some(200),
+            error_type: None,
+            gateway_overhead_us: None,
+        };
+        RequestEvent::new(
+            context,
+            Facts::unread(At(0), At(5_000), Ending::Complete),
+            "proxy",
+        )
+    }
+
+    fn rows(spool: &Spool) -> Vec<serde_json::Value> {
+        let read = |batch: &Arc<Batch>| std::fs::read_to_string(&batch.path).expect("it is there");
+        let text: String = spool.sealed(usize::MAX).iter().map(read).collect();
+        text.lines()
+            .map(|line| serde_json::from_str(line).expect("a JSON object"))
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn under_each_what_is_settled_is_durable() {
+        let dir = TempDir::new();
+        let store = Store::open(&config(&dir, Fsync::Each), "gw").expect("it opens");
+        store.began(&begin("gw-1"));
+        store.record(&ended("gw-1"));
+        if let Some(settled) = store.settled() {
+            settled.await;
+        }
+        assert!(store.settled().is_none());
+        assert_eq!(*store.spool.durable.borrow(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_row_is_sealed_in_time_and_is_the_event() {
+        let dir = TempDir::new();
+        let store = Store::open(&config(&dir, Fsync::Interval), "gw").expect("it opens");
+        assert!(store.settled().is_none());
+        store.record(&ended("gw-1"));
+        store.spool.wait_for_sealed().await;
+        let mut expected = serde_json::to_value(ended("gw-1")).expect("JSON");
+        expected["batch"] = store.spool.sealed(1)[0].id.to_string().into();
+        assert_eq!(rows(&store.spool), [expected]);
+    }
+
+    #[test]
+    fn a_store_that_is_closed_leaves_batches_and_no_journal() {
+        let dir = TempDir::new();
+        let store = Store::open(&config(&dir, Fsync::Interval), "gw").expect("it opens");
+        store.began(&begin("gw-1"));
+        store.record(&ended("gw-1"));
+        drop(store);
+        assert_eq!(dir.files_ending(".jsonl").len(), 1);
+        assert!(dir.files_ending(".begins").is_empty() && dir.files_ending(".open").is_empty());
+    }
+
+    #[test]
+    fn a_request_that_a_crash_cut_off_becomes_a_row_with_all_that_was_known() {
+        let dir = TempDir::new();
+        let store = Store::open(&config(&dir, Fsync::Interval), "gw").expect("it opens");
+        store.began(&begin("gw-1"));
+        store.began(&begin("gw-2"));
+        store.began(&Begin {
+            upstream: Some("chat"),
+            model: Some("llama"),
+            ..begin("gw-2")
+        });
+        store.record(&ended("gw-1"));
+        let killed = dir.copy();
+        drop(store);
+        let store = Store::open(&config(&killed, Fsync::Interval), "gw").expect("it opens");
+        assert_eq!(store.spool.stats().crashed, 1);
+        let rows = rows(&store.spool);
+        let crash = rows
+            .iter()
+            .find(|row| row["outcome"] == "gateway_crash")
+            .expect("it is there");
+        assert_eq!(rows.len(), 2);
+        for (key, value) in [
+            ("event_id", "gw-2"),
+            ("team_id", "team-a"),
+            ("user_id", "u"),
+            ("upstream", "chat"),
+            ("model", "llama"),
+            ("endpoint", "/v1/chat/completions"),
+            ("error_type", "gateway_crash"),
+            ("usage_source", "none"),
+        ] {
+            assert_eq!(crash[key], value, "{key}");
+        }
+        assert_eq!(
+            (&crash["started_at"], &crash["status_code"]),
+            (&1_700_000_000_000_000_i64.into(), &0.into())
+        );
+    }
+
+    #[test]
+    fn a_second_gateway_of_the_same_name_is_told_who_the_first_is() {
+        let dir = TempDir::new();
+        let _first = Store::open(&config(&dir, Fsync::Off), "gw").expect("it opens");
+        let refused = Store::open(&config(&dir, Fsync::Off), "gw")
+            .err()
+            .expect("it is taken")
+            .to_string();
+        assert!(
+            refused.contains(&format!("process {}", std::process::id())) && refused.contains("gateway.id"),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_made_is_named_with_what_to_do() {
+        let dir = TempDir::new();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").expect("it is written");
+        let config = SpoolConfig {
+            dir: file.clone(),
+            ..config(&dir, Fsync::Off)
+        };
+        let refused = Store::open(&config, "gw")
+            .err()
+            .expect("a file is no directory")
+            .to_string();
+        assert!(
+            refused.contains(&*file.to_string_lossy()) && refused.contains("SPOOL_DIR"),
+            "{refused}"
+        );
+    }
 }

@@ -145,7 +145,7 @@ fn reserve(file: &File, bytes: usize) -> io::Result<()> {
 }
 
 fn write_zeros(mut file: &File, bytes: usize) -> io::Result<()> {
-    const BLOCK: [u8; 64 * 1024] = [0; 64 * 1024];
+    static BLOCK: [u8; 64 * 1024] = [0; 64 * 1024];
     let mut left = bytes;
     while left > 0 {
         let now = left.min(BLOCK.len());

@@ -222,6 +222,15 @@ impl Spool {
         }
     }
 
+    /// Stands for all rows that were taken in so far; `None` unless somebody has to wait for them.
+    pub fn unsettled(&self) -> Option<Ticket> {
+        if self.config.fsync != Fsync::Each {
+            return None;
+        }
+        let ticket = Ticket(Some((self.durable.subscribe(), lock(&self.state).rows)));
+        ticket.must_wait().then_some(ticket)
+    }
+
     /// The oldest batches that wait to be stored, oldest first.
     pub fn sealed(&self, count_max: usize) -> Vec<Arc<Batch>> {
         self.sealed.oldest(count_max)
