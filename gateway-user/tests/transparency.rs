@@ -306,6 +306,35 @@ async fn streams_that_the_client_leaves_are_cut_off_with_the_engines_count() {
     }
 }
 
+/// OpenAI's own client closes the connection once it has read `[DONE]`, often before the chunk that ends the body is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_behind_done_has_all_of_it() {
+    const LAST_CHUNK: &str = "0\r\n\r\n";
+    let mut path = Path::new("auto").await;
+    let mut capture = Capture::load("chat_stream_usage");
+    let len = capture.response.len() - LAST_CHUNK.len();
+    assert_eq!(text(&capture.response.split_off(len)), LAST_CHUNK);
+    capture.about["aborted_by_client"] = true.into();
+    path.replay.play(&capture, Cut::Whole);
+    path.stream
+        .write_all(&capture.request)
+        .await
+        .expect("the gateway listens");
+    let mut got = Vec::new();
+    while !got.ends_with(b"data: [DONE]\n\n\r\n") {
+        let read = tokio::time::timeout(DEADLINE, path.stream.read_buf(&mut got)).await;
+        assert!(
+            read.expect("in time").expect("no reset") > 0,
+            "the gateway ended the stream"
+        );
+    }
+    path.stream.shutdown().await.expect("the gateway listens");
+    let event = path.event();
+    let whole = Capture::load("chat_stream_usage");
+    assert_event(&whole.name, &event, &whole.request, &whole.response, false);
+    assert!(assert_engine_tokens(&whole, &[event]));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn pipelined_requests_are_answered_in_order_on_one_connection() {
     let capture = Capture::load("keepalive_two_requests");

@@ -126,6 +126,7 @@ async fn stream(
     if let Err(Gone) = writer.send(&out).await {
         return Err(abandon(worker, &mut upstream, &mut upstream_writer, relay, recording).await);
     }
+    let mut said_end = has_said_end(recording);
     out = Vec::new();
     let mut last = Instant::now();
     let mut silence = pin!(sleep_until(last + limits.stream_idle_timeout));
@@ -160,8 +161,12 @@ async fn stream(
                     return Ok(progress.consumed < bytes.len());
                 }
                 if let Err(Gone) = writer.send(ready).await {
+                    if said_end {
+                        recording.end(Ending::Complete);
+                    }
                     return Err(abandon(worker, &mut upstream, &mut upstream_writer, relay, recording).await);
                 }
+                said_end = has_said_end(recording);
                 out.shrink_to(KEPT_BYTES);
             }
             Event::Read(read) => {
@@ -177,6 +182,9 @@ async fn stream(
                 return Err(Stop::Broken(Ending::UpstreamClosed, "upstream_closed"));
             }
             Event::Gone => {
+                if said_end {
+                    recording.end(Ending::Complete);
+                }
                 return Err(abandon(worker, &mut upstream, &mut upstream_writer, relay, recording).await);
             }
             Event::Silent if last.elapsed() >= limits.stream_idle_timeout => {
@@ -185,6 +193,13 @@ async fn stream(
             Event::Silent => silence.as_mut().reset(last + limits.stream_idle_timeout),
         }
     }
+}
+
+/// Whether the stream has said its end by what went to the client so far: who leaves behind that has not broken off.
+fn has_said_end(recording: &mut Recording) -> bool {
+    recording
+        .exchange()
+        .is_some_and(|exchange| exchange.has_said_end())
 }
 
 /// Capacity of the output buffer that an idle stream keeps.

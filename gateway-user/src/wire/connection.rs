@@ -193,7 +193,13 @@ impl<T> Connection<T> {
             Closer::Server => Ending::UpstreamClosed,
             Closer::Unknown => Ending::Unseen,
         };
+        let said_end = self
+            .in_flight
+            .front()
+            .is_some_and(|first| first.exchange.has_said_end());
         let ends_here = match &self.responses.reading {
+            // Who has read `[DONE]` need not wait for the framing's end to have all of it.
+            Reading::Body(_) if closer == Closer::Client && said_end => true,
             Reading::Body(body) => body.ends_at_close() && closer == Closer::Server,
             Reading::Upgraded => closer != Closer::Unknown,
             _ => false,

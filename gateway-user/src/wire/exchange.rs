@@ -57,6 +57,7 @@ pub struct Exchange {
     findings: Findings,
     counts: Counts,
     has_error: bool,
+    has_said_end: bool,
     ttft_us: Option<u64>,
     last_content_at: At,
     gaps: Gaps,
@@ -80,6 +81,7 @@ impl Exchange {
             findings: Findings::default(),
             counts: Counts::default(),
             has_error: false,
+            has_said_end: false,
             ttft_us: None,
             last_content_at: at,
             gaps: Gaps::default(),
@@ -144,7 +146,10 @@ impl Exchange {
         while let Body::Events(events) = &mut self.body {
             match events.next(&mut bytes) {
                 Step::Data(run) => self.scanner.push(run, &mut self.findings),
-                Step::Event { .. } => self.end_event(at),
+                Step::Event { is_done_marker } => {
+                    self.has_said_end |= is_done_marker;
+                    self.end_event(at);
+                }
                 Step::More => return,
             }
         }
@@ -159,6 +164,7 @@ impl Exchange {
             return;
         }
         self.has_error |= draft.has_error();
+        self.has_said_end |= draft.is_last();
         self.counts.event(&draft);
         if draft.has_content() {
             self.content(at);
@@ -178,6 +184,12 @@ impl Exchange {
     /// Whether chunks with generated content have been seen.
     pub fn has_content(&self) -> bool {
         self.chunks > 0
+    }
+
+    /// Whether a stream has said that nothing more comes: `[DONE]`, or the last event of its kind. The framing's own end comes later, and
+    /// OpenAI's clients do not wait for it: one that leaves now has lost nothing.
+    pub fn has_said_end(&self) -> bool {
+        self.has_said_end
     }
 
     /// Ends the exchange. `status` of a response that the gateway made itself is told with [`Ending::Refused`] and the like by the

@@ -74,6 +74,8 @@ pub(super) enum Kind {
     BlockDelta,
     /// Messages: how it ended, and usage.
     MessageDelta,
+    /// Messages: the end.
+    MessageStop,
     /// Responses: the end, with usage.
     ResponseEnd,
     /// Responses: the end, for the worse.
@@ -87,6 +89,7 @@ impl Kind {
         match name {
             "content_block_delta" => Kind::BlockDelta,
             "message_delta" => Kind::MessageDelta,
+            "message_stop" => Kind::MessageStop,
             "response.completed" | "response.incomplete" => Kind::ResponseEnd,
             "response.failed" => Kind::ResponseFailed,
             "error" => Kind::Error,
@@ -127,6 +130,14 @@ impl Draft {
 
     pub(super) fn has_error(&self) -> bool {
         self.has_error || matches!(self.kind, Kind::Error | Kind::ResponseFailed)
+    }
+
+    /// Whether it is the last event of its stream.
+    pub(super) fn is_last(&self) -> bool {
+        matches!(
+            self.kind,
+            Kind::MessageStop | Kind::ResponseEnd | Kind::ResponseFailed
+        )
     }
 
     /// The usage, where it stands and whether it was whole.

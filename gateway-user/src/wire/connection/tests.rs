@@ -122,6 +122,30 @@ fn trailers_belong_to_the_response() {
 }
 
 #[test]
+fn a_client_that_leaves_behind_the_last_event_has_broken_off_nothing() {
+    const STREAM: &str =
+        "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let path = "/v1/chat/completions";
+    for (event, ending) in [
+        ("data: [DONE]\n\n", Outcome::Completed),
+        ("data: {\"type\":\"message_stop\"}\n\n", Outcome::Completed),
+        ("data: {\"type\":\"response.completed\"}\n\n", Outcome::Completed),
+        ("data: {\"choices\":[]}\n\n", Outcome::Aborted),
+        ("data: [DONE]\n", Outcome::Aborted),
+    ] {
+        let mut watched = Watched::new();
+        let response = format!("{STREAM}{:x}\r\n{event}\r\n", event.len());
+        watched.client(&get(path)).server(&response);
+        assert_eq!(watched.close(Closer::Client), [(path, ending)], "{event:?}");
+    }
+    let mut watched = Watched::new();
+    watched
+        .client(&get(path))
+        .server(&format!("{STREAM}e\r\ndata: [DONE]\n\n\r\n"));
+    assert_eq!(watched.close(Closer::Server), [(path, Outcome::Truncated)]);
+}
+
+#[test]
 fn who_closes_decides_how_it_ended() {
     for (closer, outcome) in [
         (Closer::Client, Outcome::Aborted),
