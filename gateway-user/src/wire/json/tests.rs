@@ -217,4 +217,16 @@ proptest! {
             prop_assert!(scanner.is_done());
         }
     }
+
+    #[test]
+    fn a_string_ends_where_a_search_byte_by_byte_says(
+        // Neighbours of both bytes in value, and those that differ in the top bit alone, are what a search by words could mistake.
+        bytes in prop::collection::vec(
+            prop::sample::select(vec![b'a', 0, 0x21, b'"', 0x23, 0x5B, b'\\', 0x5D, 0x7F, 0x80, 0xA2, 0xDC, 0xFF]),
+            0..40,
+        ),
+    ) {
+        let expected = bytes.iter().position(|byte| matches!(byte, b'"' | b'\\'));
+        prop_assert_eq!(string_end(&bytes), expected);
+    }
 }
