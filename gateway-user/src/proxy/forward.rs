@@ -232,8 +232,8 @@ impl Forward<'_> {
             .exchange()
             .is_some_and(|exchange| exchange.asked().stream);
         let Body::Whole(body) = body else { return None };
-        if !streams || self.head.minor_version() == 0 || self.head.fields().get("content-encoding").is_some()
-        {
+        // A compressed body is no JSON, and so stays as it is; a field that only claims so changes nothing.
+        if !streams || self.head.minor_version() == 0 {
             return None;
         }
         let shared = &self.worker.shared;

@@ -437,5 +437,4 @@ fn count_prompt_or_gap(stats: &mut Stats, seq: &mut Seq, request: &mut Request, 
 }
 
 #[cfg(test)]
-#[path = "scheduler_tests.rs"]
 mod tests;
