@@ -240,7 +240,7 @@ async fn abandon(
     Stop::Gone
 }
 
-/// As [`abandon`], for a response whose head is not there yet. Tells when the last byte came.
+/// As when a client leaves in mid-response, for a response whose head is not there yet. Tells when the last byte came.
 pub async fn read_out(
     worker: &Worker,
     connection: &mut UpstreamConnection,
