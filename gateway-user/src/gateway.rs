@@ -50,18 +50,10 @@ impl Gateway {
         let setting = "gateway.listen or GATEWAY_LISTEN_ADDR";
         let listeners = net::bind_listeners(listen, "gateway", setting, count)?;
         let max_teams = config.metrics.max_teams as usize;
-        let metrics = Metrics::new(Limits {
-            max_teams,
-            ..Limits::default()
-        })?;
+        let metrics = Metrics::new(Limits { max_teams, ..Limits::default() })?;
         let readiness = Readiness::default();
         let admin = AdminServer::bind(config.admin.listen, metrics.clone(), readiness.clone())?;
-        Ok(Gateway {
-            shared: Shared::new(config, metrics, sinks),
-            listeners,
-            admin,
-            readiness,
-        })
+        Ok(Gateway { shared: Shared::new(config, metrics, sinks), listeners, admin, readiness })
     }
 
     /// Where clients connect.
@@ -88,11 +80,7 @@ impl Gateway {
             // The cores belong to the workers; one thread is left for the admin server and the health checks.
             RuntimeKind::PerCore => 1,
         };
-        Builder::new_multi_thread()
-            .worker_threads(threads)
-            .thread_name("gateway")
-            .enable_all()
-            .build()
+        Builder::new_multi_thread().worker_threads(threads).thread_name("gateway").enable_all().build()
     }
 
     /// Serves until `stop` is done, then lets the requests in flight end within the configured grace. Returns how many it had to
@@ -101,12 +89,7 @@ impl Gateway {
     /// # Errors
     /// When the system gives no threads or sockets.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<usize, StartError> {
-        let Gateway {
-            shared,
-            listeners,
-            admin,
-            readiness,
-        } = self;
+        let Gateway { shared, listeners, admin, readiness } = self;
         let (admin_end, admin_ended) = watch::channel(false);
         let admin = tokio::spawn(admin.run(admin_ended));
         let mut checks = tokio::task::JoinSet::new();
@@ -150,9 +133,7 @@ fn start_workers(
         };
         if per_core {
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            std::thread::Builder::new()
-                .name("gateway-core".into())
-                .spawn(move || runtime.block_on(serve))?;
+            std::thread::Builder::new().name("gateway-core".into()).spawn(move || runtime.block_on(serve))?;
         } else {
             tokio::spawn(serve);
         }

@@ -36,17 +36,11 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
     };
     start_log(&config.log);
     if matches!(config.capture, Capture::Tap | Capture::ProxyAndTap) {
-        eprintln!(
-            "capture: {} needs the kernel probe, which this build does not have; set `auto` or `proxy`",
-            config.capture
-        );
+        eprintln!("capture: {} needs the kernel probe, which this build does not have; set `auto` or `proxy`", config.capture);
         return Ok(ExitCode::from(EXIT_CONFIG));
     }
-    let upstreams: Vec<String> = config
-        .upstreams
-        .iter()
-        .map(|upstream| format!("{} at {}", upstream.name, upstream.url))
-        .collect();
+    let upstreams: Vec<String> =
+        config.upstreams.iter().map(|upstream| format!("{} at {}", upstream.name, upstream.url)).collect();
     let gateway = Gateway::build(config, Vec::new())?;
     let (clients, admin) = (gateway.client_addr()?, gateway.admin_addr());
     gateway.runtime()?.block_on(async {
@@ -66,10 +60,7 @@ fn environment(name: &str) -> Option<OsString> {
 fn start_log(config: &LogConfig) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(config.level.as_str()));
     let colours = io::stderr().is_terminal();
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(colours);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(colours);
     match config.format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),

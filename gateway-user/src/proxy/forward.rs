@@ -36,15 +36,7 @@ pub async fn serve(worker: &Worker, client: &mut Client, head: RequestHead, at: 
     let recording = Recording::begin(shared, at, &head);
     let keep_alive = head.keep_alive();
     let body_unread = head.framing() != Framing::None;
-    let mut forward = Forward {
-        worker,
-        client,
-        head,
-        endpoint,
-        recording,
-        body_unread,
-        edit: Edit::None,
-    };
+    let mut forward = Forward { worker, client, head, endpoint, recording, body_unread, edit: Edit::None };
     match forward.run().await {
         Ok(next) => next,
         Err(Stop::Gone) => {
@@ -56,16 +48,10 @@ pub async fn serve(worker: &Worker, client: &mut Client, head: RequestHead, at: 
             Next::Drop
         }
         Err(Stop::Refused(refusal)) => {
-            let close = forward.body_unread
-                || !keep_alive
-                || !refusal.keeps_connection()
-                || shared.phase.is_draining();
-            let response = refusal.response(
-                endpoint,
-                forward.recording.request_id(),
-                forward.head.method(),
-                close,
-            );
+            let close =
+                forward.body_unread || !keep_alive || !refusal.keeps_connection() || shared.phase.is_draining();
+            let response =
+                refusal.response(endpoint, forward.recording.request_id(), forward.head.method(), close);
             forward.recording.refuse(&refusal);
             match forward.client.send(&response).await {
                 Err(_) => Next::Drop,
@@ -93,15 +79,8 @@ impl Forward<'_> {
         self.admit()?;
         let body = self.receive().await?;
         let received = self.worker.shared.clock.now();
-        let model = self
-            .recording
-            .exchange()
-            .and_then(|exchange| exchange.asked().model.clone());
-        let candidates = self
-            .worker
-            .shared
-            .upstreams
-            .candidates(self.endpoint, model.as_deref())?;
+        let model = self.recording.exchange().and_then(|exchange| exchange.asked().model.clone());
+        let candidates = self.worker.shared.upstreams.candidates(self.endpoint, model.as_deref())?;
         let mut busy = false;
         for upstream in candidates {
             let Some(place) = upstream.reserve() else {
@@ -109,10 +88,7 @@ impl Forward<'_> {
                 continue;
             };
             self.recording.sent_to(upstream.name());
-            if let Some(answer) = self
-                .try_upstream(&upstream, &body, model.as_deref(), received)
-                .await?
-            {
+            if let Some(answer) = self.try_upstream(&upstream, &body, model.as_deref(), received).await? {
                 return self.respond(answer, place, model.as_deref()).await;
             }
         }
@@ -150,9 +126,7 @@ impl Forward<'_> {
         }
         let encoded = self.head.fields().get("content-encoding").is_some();
         let refuse_large = limits.on_uninspectable == OnUninspectable::Reject;
-        if refuse_large
-            && (encoded || matches!(framing, Framing::Length(n) if n > limits.inspect_max.as_len() as u64))
-        {
+        if refuse_large && (encoded || matches!(framing, Framing::Length(n) if n > limits.inspect_max.as_len() as u64)) {
             return Err(Refusal::Uninspectable(limits.inspect_max.as_len() as u64).into());
         }
         if self.head.expects_continue() && framing != Framing::None {
@@ -160,12 +134,7 @@ impl Forward<'_> {
         }
         let (reader, _) = self.client.split();
         let clock = self.worker.shared.clock;
-        let mut receiver = Receiver {
-            reader,
-            limits,
-            recording: &mut self.recording,
-            clock,
-        };
+        let mut receiver = Receiver { reader, limits, recording: &mut self.recording, clock };
         let body = receiver.receive(framing).await?;
         match &body {
             Body::Whole(_) => self.body_unread = false,
@@ -188,23 +157,16 @@ impl Forward<'_> {
         let edited = self.plan(upstream, body, model);
         let head = self.upstream_head(body, edited.as_deref());
         // A body that is streamed on cannot be sent twice, so it never goes to a connection that may be dead.
-        let pooled = matches!(body, Body::Whole(_))
-            .then(|| self.worker.pool.take(upstream))
-            .flatten();
+        let pooled = matches!(body, Body::Whole(_)).then(|| self.worker.pool.take(upstream)).flatten();
         if let Some(connection) = pooled {
-            match self
-                .attempt(connection, &head, body, edited.as_deref(), received)
-                .await
-            {
+            match self.attempt(connection, &head, body, edited.as_deref(), received).await {
                 Err(Failed::Stale) => upstream.metrics().retried("idle_connection_closed"),
                 other => return other.map(Some).map_err(Stop::from),
             }
         }
         match self.worker.pool.connect(upstream).await {
             Ok(connection) => {
-                let answer = self
-                    .attempt(connection, &head, body, edited.as_deref(), received)
-                    .await;
+                let answer = self.attempt(connection, &head, body, edited.as_deref(), received).await;
                 answer.map(Some).map_err(Stop::from)
             }
             Err(error) => {
@@ -222,13 +184,9 @@ impl Forward<'_> {
     /// Decides whether usage is asked for on the client's behalf; the edited body, if so.
     fn plan(&mut self, upstream: &Upstream, body: &Body, model: Option<&str>) -> Option<Vec<u8>> {
         self.edit = Edit::None;
-        let streams = self
-            .recording
-            .exchange()
-            .is_some_and(|exchange| exchange.asked().stream);
+        let streams = self.recording.exchange().is_some_and(|exchange| exchange.asked().stream);
         let Body::Whole(body) = body else { return None };
-        if !streams || self.head.minor_version() == 0 || self.head.fields().get("content-encoding").is_some()
-        {
+        if !streams || self.head.minor_version() == 0 || self.head.fields().get("content-encoding").is_some() {
             return None;
         }
         let shared = &self.worker.shared;
@@ -287,8 +245,7 @@ impl Forward<'_> {
             method: self.head.method(),
             interim: self.head.minor_version() == 1,
         };
-        let answer =
-            send::exchange(self.worker, self.client, connection, request, &mut self.recording).await?;
+        let answer = send::exchange(self.worker, self.client, connection, request, &mut self.recording).await?;
         self.body_unread = !answer.sent_whole;
         Ok(answer)
     }
@@ -303,15 +260,6 @@ impl Forward<'_> {
             keep_alive: client_keeps && !self.worker.shared.phase.is_draining(),
             model,
         };
-        respond::deliver(
-            self.worker,
-            self.client,
-            answer,
-            place,
-            edit,
-            request,
-            &mut self.recording,
-        )
-        .await
+        respond::deliver(self.worker, self.client, answer, place, edit, request, &mut self.recording).await
     }
 }

@@ -27,10 +27,7 @@ impl RequestIds {
     pub fn new(gateway_id: &str, secret: Option<&[u8]>) -> RequestIds {
         let mut random = [0; 32];
         rand::rng().fill_bytes(&mut random);
-        let boot = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_millis();
+        let boot = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         RequestIds {
             gateway_id: gateway_id.into(),
             boot: u64::try_from(boot).unwrap_or(u64::MAX),
@@ -86,12 +83,10 @@ fn keyed(secret: &[u8]) -> Hmac<Sha256> {
 pub fn random_hex(bytes: usize) -> String {
     let mut random = vec![0; bytes];
     rand::rng().fill_bytes(&mut random);
-    random
-        .iter()
-        .fold(String::with_capacity(2 * bytes), |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
+    random.iter().fold(String::with_capacity(2 * bytes), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 #[cfg(test)]

@@ -56,19 +56,9 @@ pub async fn deliver(
     request: Request<'_>,
     recording: &mut Recording,
 ) -> Result<Next, Stop> {
-    let Answer {
-        mut connection,
-        head,
-        early,
-        sent_whole,
-    } = answer;
-    let delivered = rewrite::delivery(
-        head.framing(),
-        request.minor_version,
-        matches!(edit, Edit::Strip(_)),
-    );
-    let ends_at_close = delivered == Delivered::UntilClose
-        || head.framing() == Framing::UntilClose && delivered != Delivered::Chunked;
+    let Answer { mut connection, head, early, sent_whole } = answer;
+    let delivered = rewrite::delivery(head.framing(), request.minor_version, matches!(edit, Edit::Strip(_)));
+    let ends_at_close = delivered == Delivered::UntilClose || head.framing() == Framing::UntilClose && delivered != Delivered::Chunked;
     let keep_alive = request.keep_alive && !ends_at_close;
     let mut out = Vec::with_capacity(head.fields().raw().len() + early.len() + 128);
     rewrite::response_head(&head, delivered, recording.request_id(), !keep_alive, &mut out);
@@ -103,9 +93,7 @@ async fn stream(
     let limits = &shared.config.proxy;
     let (mut reader, mut writer) = client.split();
     let (mut upstream, mut upstream_writer) = connection.stream.split();
-    let progress = relay
-        .feed(&early, shared.clock.now(), recording.exchange(), &mut out)
-        .map_err(bad_framing)?;
+    let progress = relay.feed(&early, shared.clock.now(), recording.exchange(), &mut out).map_err(bad_framing)?;
     if relay.is_verbatim() {
         out.extend_from_slice(&early[..progress.consumed]);
     }
@@ -141,11 +129,7 @@ async fn stream(
                         return Err(bad_framing(error));
                     }
                 };
-                let ready = if relay.is_verbatim() {
-                    &bytes[..progress.consumed]
-                } else {
-                    &out[..]
-                };
+                let ready = if relay.is_verbatim() { &bytes[..progress.consumed] } else { &out[..] };
                 if progress.done {
                     recording.end(Ending::Complete);
                     writer.send(ready).await?;
@@ -240,9 +224,7 @@ pub async fn read_out(
             ended = clock.now();
             early.extend_from_slice(&bytes);
             if relay.is_none() {
-                let Ok(parsed) = ResponseHead::parse(&early, max_head, method) else {
-                    break;
-                };
+                let Ok(parsed) = ResponseHead::parse(&early, max_head, method) else { break };
                 let Some((head, len)) = parsed else { continue };
                 early.drain(..len);
                 if head.is_interim() {
