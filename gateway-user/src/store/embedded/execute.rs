@@ -5,6 +5,7 @@
 
 use super::answer::{AnswerBody, Event, Face, summary};
 use super::engine::{Counts, Engine, EngineError, Parameters, Session};
+use super::format::Joiner;
 use super::request::{Asked, multipart_boundary, multipart_fields, string_literal};
 use super::sql::{InsertHead, Statement, classify};
 use super::upload::{BodyReader, Upload, Uploads};
@@ -281,8 +282,13 @@ impl Job {
         for statement in &self.preparation {
             session.run(statement.as_bytes(), "Null", &Parameters::default())?;
         }
-        if matches!(self.kind, Kind::Read) {
-            match self.stream(&mut session, events) {
+        let joiner = if matches!(self.kind, Kind::Read) {
+            Joiner::new(&self.format)
+        } else {
+            None
+        };
+        if let Some(joiner) = joiner {
+            match self.stream(&mut session, joiner, events) {
                 Err(error) if !Session::streams(&error) => {}
                 ended => return ended,
             }
@@ -292,10 +298,15 @@ impl Job {
         Ok(counts)
     }
 
-    fn stream(&self, session: &mut Session, events: &mpsc::Sender<Event>) -> Result<Counts, EngineError> {
+    fn stream(
+        &self,
+        session: &mut Session,
+        mut joiner: Joiner,
+        events: &mpsc::Sender<Event>,
+    ) -> Result<Counts, EngineError> {
         let mut stream = session.stream(&self.sql, &self.format, &self.parameters)?;
         while let Some(piece) = stream.next()? {
-            send(events, piece)?;
+            send(events, joiner.add(piece)?)?;
         }
         Ok(Counts::default())
     }

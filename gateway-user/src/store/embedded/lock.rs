@@ -11,7 +11,7 @@ const FILE: &str = "gateway.lock";
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Another process has it.
-    #[error("{} is in use by process {holder}: one embedded ClickHouse has a data directory to itself; stop that one, or set another store.data_dir", directory.display())]
+    #[error("{} is in use by process {holder}: one embedded ClickHouse has a data directory to itself; stop that one, or choose another directory", directory.display())]
     Held {
         /// The directory.
         directory: PathBuf,

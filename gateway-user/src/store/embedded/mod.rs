@@ -11,6 +11,7 @@
 //! | `server` | HTTP connections and authentication |
 //! | `request` | what a request asks for: URL, headers, multipart body |
 //! | `execute` | one request on the engine, and its answer |
+//! | `format` | which results may go out in pieces |
 //! | `upload` | bodies of inserts, on their way to the engine through a file |
 //! | `sql` | where the statement of an INSERT ends and its data begins |
 //! | `engine` | libchdb's C interface, made safe |
@@ -19,7 +20,9 @@
 //!
 //! **Held**: an insert that was answered with 200 survives a kill of the process. Statements, settings, parameters, errors and their
 //! codes are the engine's own. Each request has a session of its own; reads and writes have separate places, so neither waits for
-//! the other; a result is never held whole, an inserted body never in memory.
+//! the other. Results in formats that are plain rows (and `RowBinaryWithNamesAndTypes`, with which the Rust client reads) are
+//! streamed; those with a head or foot, such as `JSON`, are held whole, as the engine writes them. An inserted body goes through a
+//! file, never through memory.
 //!
 //! **Left out**: sessions (`session_id`), roles, users other than the one, `KILL QUERY` by the id of an HTTP request, external
 //! tables, `INSERT … SELECT … FROM input(…)`, compressed answers other than ClickHouse's own LZ4 blocks (`compress=1`), and `Native` for clients that ask for a
@@ -31,6 +34,7 @@ mod child;
 mod command;
 mod engine;
 mod execute;
+mod format;
 mod library;
 mod lock;
 mod lz4;

@@ -59,7 +59,6 @@ fn insert(mut words: Words<'_>) -> Statement {
     } else {
         while words.sql[words.at..].trim_ascii_start().starts_with(b".") {
             words.next();
-            words.next();
         }
     }
     let mut settings_at = None;
@@ -124,16 +123,19 @@ fn format_of_data(mut words: Words<'_>, infile_at: usize, head_ends: usize) -> S
     })
 }
 
-/// The last `FORMAT name` outside of parentheses.
+/// The name in a `FORMAT name` at the end, or before the SETTINGS: elsewhere `format` is a column.
 fn last_format(mut words: Words<'_>) -> Option<String> {
-    let mut found = None;
+    let mut outer = Vec::new();
     while let Some(word) = words.next() {
-        if words.depth == 0 && words.is(&word, "FORMAT") {
-            let name = words.next()?;
-            found = Some(String::from_utf8_lossy(&words.sql[name]).into_owned());
+        if words.depth == 0 {
+            outer.push(word);
         }
     }
-    found
+    let is_end = |at: usize| outer.get(at).is_none_or(|word| words.is(word, "SETTINGS"));
+    let found = (0..outer.len().saturating_sub(1))
+        .rev()
+        .find(|at| words.is(&outer[*at], "FORMAT") && is_end(at + 2))?;
+    Some(String::from_utf8_lossy(&words.sql[outer[found + 1].clone()]).into_owned())
 }
 
 /// The words of a statement. Strings, quoted names and comments are passed over; `depth` counts open parentheses.
@@ -160,6 +162,22 @@ impl Words<'_> {
         self.at = self.at.min(self.sql.len());
     }
 
+    /// Passes over `$tag$ text $tag$`, or a lone dollar.
+    fn skip_heredoc(&mut self) {
+        let rest = &self.sql[self.at + 1..];
+        let tag = rest
+            .iter()
+            .take_while(|byte| byte.is_ascii_alphanumeric() || **byte == b'_')
+            .count();
+        let opening = &self.sql[self.at..(self.at + tag + 2).min(self.sql.len())];
+        if opening.len() < 2 || !opening.ends_with(b"$") {
+            self.at += 1;
+            return;
+        }
+        self.at += opening.len();
+        self.skip_until(opening);
+    }
+
     fn skip_until(&mut self, end: &[u8]) {
         let found = memchr::memmem::find(&self.sql[self.at..], end);
         self.at = found.map_or(self.sql.len(), |offset| self.at + offset + end.len());
@@ -184,6 +202,7 @@ impl Iterator for Words<'_> {
                     self.skip_until(b"\n")
                 }
                 b'/' if self.sql[start..].starts_with(b"/*") => self.skip_until(b"*/"),
+                b'$' => self.skip_heredoc(),
                 b'(' | b'[' | b'{' => {
                     self.depth += 1;
                     self.at += 1;
@@ -298,6 +317,18 @@ mod tests {
         assert_eq!(
             classify(b"SELECT format FROM (SELECT 1 FORMAT x)\nFORMAT Native;"),
             other("Native")
+        );
+        assert_eq!(
+            classify(b"SELECT format FROM t SETTINGS a = 1"),
+            Statement::Other(None)
+        );
+        assert_eq!(
+            classify(b"SELECT format FORMAT JSON SETTINGS a = 1"),
+            other("JSON")
+        );
+        assert_eq!(
+            classify(b"SELECT $x$ (( FORMAT CSV $$ $x$, '$' FORMAT JSON"),
+            other("JSON")
         );
         assert_eq!(classify(b"SELECT 'unclosed"), Statement::Other(None));
     }
