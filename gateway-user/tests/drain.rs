@@ -27,17 +27,30 @@ async fn streams_in_flight_finish_and_new_connections_are_refused() {
     })
     .await;
     gateway.drain();
-    eventually("new connections to be refused", async || TcpStream::connect(addr).await.err()).await;
+    eventually("new connections to be refused", async || {
+        TcpStream::connect(addr).await.err()
+    })
+    .await;
     for stream in streams {
         let response = String::from_utf8(stream.await.expect("no panic")).expect("text");
-        assert!(response.ends_with("data: [DONE]\n\n\r\n0\r\n\r\n"), "cut off: {response}");
-        assert_eq!(response.matches("\"content\":\"").count() - 1, 100, "every token arrived, behind the role");
+        assert!(
+            response.ends_with("data: [DONE]\n\n\r\n0\r\n\r\n"),
+            "cut off: {response}"
+        );
+        assert_eq!(
+            response.matches("\"content\":\"").count() - 1,
+            100,
+            "every token arrived, behind the role"
+        );
     }
     let events = gateway.events.clone();
     assert_eq!(gateway.drained(), 0, "nothing had to be cut off");
     let events = events.wait_for(STREAMS);
     assert_eq!(events.len(), STREAMS);
     for event in events {
-        assert_eq!((event.outcome, event.completion_tokens), (Outcome::Completed, Some(100)));
+        assert_eq!(
+            (event.outcome, event.completion_tokens),
+            (Outcome::Completed, Some(100))
+        );
     }
 }

@@ -1,9 +1,9 @@
 //! Connections in, and the way out: a limit while the gateway runs, a grace when it ends.
 
+use super::Worker;
 use super::client::{Client, NoRequest};
 use super::forward::{self, Next};
 use super::recording::Recording;
-use super::Worker;
 use crate::wire::endpoint::Endpoint;
 use crate::wire::head::RequestHead;
 use std::sync::Arc;
@@ -119,7 +119,10 @@ async fn request(worker: &Worker, client: &mut Client) -> Next {
     let shared = &worker.shared;
     let limits = &shared.config.proxy;
     let at = shared.clock.now();
-    match client.read_head(limits.max_head.as_len(), limits.head_timeout).await {
+    match client
+        .read_head(limits.max_head.as_len(), limits.head_timeout)
+        .await
+    {
         Ok(head) if is_own_health(&head) => health(worker, client, &head).await,
         // Boxed: a connection between requests should not hold room for one.
         Ok(head) => Box::pin(forward::serve(worker, client, head, at)).await,
@@ -148,11 +151,26 @@ async fn health(worker: &Worker, client: &mut Client, head: &RequestHead) -> Nex
     let upstreams: serde_json::Map<_, _> = shared
         .upstreams
         .iter()
-        .map(|upstream| (upstream.name().to_owned(), if upstream.is_up() { "up" } else { "down" }.into()))
+        .map(|upstream| {
+            (
+                upstream.name().to_owned(),
+                if upstream.is_up() { "up" } else { "down" }.into(),
+            )
+        })
         .collect();
-    let status = if draining { "draining" } else if healthy { "ok" } else { "no upstream is up" };
+    let status = if draining {
+        "draining"
+    } else if healthy {
+        "ok"
+    } else {
+        "no upstream is up"
+    };
     let body = serde_json::json!({"status": status, "upstreams": upstreams}).to_string();
-    let line = if healthy { "200 OK" } else { "503 Service Unavailable" };
+    let line = if healthy {
+        "200 OK"
+    } else {
+        "503 Service Unavailable"
+    };
     let close = !head.keep_alive() || draining || head.framing() != crate::wire::head::Framing::None;
     let connection = if close { "connection: close\r\n" } else { "" };
     let sent_body = if head.method() == "HEAD" { "" } else { &body };

@@ -33,7 +33,11 @@ pub struct Bytes {
 
 impl BufferPool {
     fn take(&self) -> Box<[u8]> {
-        let kept = self.kept.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).pop();
+        let kept = self
+            .kept
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .pop();
         kept.unwrap_or_else(|| vec![0; BUFFER_BYTES].into_boxed_slice())
     }
 
@@ -62,7 +66,11 @@ impl BufferPool {
         let polled = Pin::new(source).poll_read(cx, &mut target);
         let len = target.filled().len();
         match polled {
-            Poll::Ready(Ok(())) => Poll::Ready(Ok(Bytes { data, len, pool: self.clone() })),
+            Poll::Ready(Ok(())) => Poll::Ready(Ok(Bytes {
+                data,
+                len,
+                pool: self.clone(),
+            })),
             Poll::Ready(Err(error)) => {
                 self.give_back(data);
                 Poll::Ready(Err(error))
@@ -102,6 +110,12 @@ mod tests {
         assert_eq!(pool.kept.lock().expect("no panic").len(), 0);
         drop(read);
         assert_eq!(pool.kept.lock().expect("no panic").len(), 1);
-        assert!(pool.read(&mut source).await.expect("a slice can be read").is_empty(), "the end is an empty read");
+        assert!(
+            pool.read(&mut source)
+                .await
+                .expect("a slice can be read")
+                .is_empty(),
+            "the end is an empty read"
+        );
     }
 }

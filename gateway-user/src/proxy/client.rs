@@ -52,7 +52,12 @@ pub struct Gone;
 impl Client {
     /// A connection that was just accepted.
     pub fn new(stream: TcpStream, pool: BufferPool, write_timeout: Duration) -> Client {
-        Client { stream, unread: Vec::new(), pool, write_timeout }
+        Client {
+            stream,
+            unread: Vec::new(),
+            pool,
+            write_timeout,
+        }
     }
 
     /// Whether bytes of a further request are already here.
@@ -110,8 +115,18 @@ impl Client {
     /// The two directions of the socket, and the bytes read ahead.
     pub fn split(&mut self) -> (Reader<'_>, Writer<'_>) {
         let (read, write) = self.stream.split();
-        let reader = Reader { half: read, unread: &mut self.unread, pool: &self.pool };
-        (reader, Writer { half: write, timeout: self.write_timeout })
+        let reader = Reader {
+            half: read,
+            unread: &mut self.unread,
+            pool: &self.pool,
+        };
+        (
+            reader,
+            Writer {
+                half: write,
+                timeout: self.write_timeout,
+            },
+        )
     }
 
     /// Passes bytes between the client and `upstream` until both have ended or one has failed.
@@ -119,14 +134,22 @@ impl Client {
         let unread = std::mem::take(&mut self.unread);
         let ahead = unread.len() as u64;
         if upstream.write_all(&unread).await.is_err() {
-            return Moved { to_upstream: 0, to_client: 0 };
+            return Moved {
+                to_upstream: 0,
+                to_client: 0,
+            };
         }
         // A peer that vanishes without a word must not hold the tunnel for ever.
         for socket in [SockRef::from(&self.stream), SockRef::from(&*upstream)] {
             let _ = socket.set_keepalive(true);
         }
-        let moved = tokio::io::copy_bidirectional(&mut self.stream, upstream).await.unwrap_or((0, 0));
-        Moved { to_upstream: ahead + moved.0, to_client: moved.1 }
+        let moved = tokio::io::copy_bidirectional(&mut self.stream, upstream)
+            .await
+            .unwrap_or((0, 0));
+        Moved {
+            to_upstream: ahead + moved.0,
+            to_client: moved.1,
+        }
     }
 
     /// Sends `bytes`.
@@ -174,7 +197,11 @@ impl Reader<'_> {
         if !self.unread.is_empty() {
             return Ok(Input::Ahead(std::mem::take(self.unread)));
         }
-        self.pool.read(&mut self.half).await.map(Input::Fresh).map_err(|_| Gone)
+        self.pool
+            .read(&mut self.half)
+            .await
+            .map(Input::Fresh)
+            .map_err(|_| Gone)
     }
 
     /// Gives back what belongs to the next request.

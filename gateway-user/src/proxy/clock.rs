@@ -12,7 +12,9 @@ pub struct Clock {
 impl Clock {
     /// A clock that begins now.
     pub fn start() -> Clock {
-        Clock { started: Instant::now() }
+        Clock {
+            started: Instant::now(),
+        }
     }
 
     /// Monotonic time now.
@@ -22,7 +24,10 @@ impl Clock {
 
     /// Wall time at the monotonic reading `at`, in microseconds since 1970, as far as the wall clock is right now.
     pub fn wall_us(&self, at: At) -> i64 {
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+        let wall = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_micros();
         i64::try_from(wall).unwrap_or(i64::MAX) - i64::try_from(self.now().micros_since(at)).unwrap_or(0)
     }
 }

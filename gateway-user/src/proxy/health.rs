@@ -26,7 +26,9 @@ pub async fn watch(shared: Arc<Shared>, upstream: Arc<Upstream>) {
     let mut failures = 0;
     loop {
         ticks.tick().await;
-        let checked = timeout(CHECK_TIMEOUT, check(&upstream)).await.unwrap_or_else(|late| Err(late.into()));
+        let checked = timeout(CHECK_TIMEOUT, check(&upstream))
+            .await
+            .unwrap_or_else(|late| Err(late.into()));
         failures = if checked.is_ok() { 0 } else { failures + 1 };
         let up = failures < if upstream.is_up() { FAILURES_TO_DOWN } else { 1 };
         if upstream.set_up(up) {
@@ -57,7 +59,12 @@ async fn check(upstream: &Upstream) -> io::Result<()> {
         let parsed = ResponseHead::parse(&head, HEAD_BYTES_MAX, "GET").map_err(io::Error::other)?;
         match parsed {
             Some((head, _)) if head.status() == 200 => return Ok(()),
-            Some((head, _)) => return Err(io::Error::other(format!("health check answered {}", head.status()))),
+            Some((head, _)) => {
+                return Err(io::Error::other(format!(
+                    "health check answered {}",
+                    head.status()
+                )));
+            }
             None if stream.read_buf(&mut head).await? == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             None => {}
         }

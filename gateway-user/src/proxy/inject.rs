@@ -37,7 +37,7 @@ mod request;
 mod stream;
 
 #[cfg(test)]
-mod captures;
+mod tests;
 
 pub use learned::{Fingerprint, Known, Learned};
 pub use request::{InjectMode, Plan, Untouched, plan};

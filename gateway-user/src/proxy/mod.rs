@@ -68,7 +68,11 @@ pub struct Shared {
 impl Shared {
     /// Everything that a gateway with this configuration needs.
     pub fn new(config: Config, metrics: Metrics, sinks: Vec<Arc<dyn EventSink>>) -> Arc<Shared> {
-        let secret = config.gateway.secret.as_ref().map(|secret| secret.expose().as_bytes().to_vec());
+        let secret = config
+            .gateway
+            .secret
+            .as_ref()
+            .map(|secret| secret.expose().as_bytes().to_vec());
         let gateway_id = config.gateway.id_or_host_name();
         Arc::new(Shared {
             identity: IdentityRules::new(&config.identity),
@@ -107,7 +111,11 @@ impl Worker {
     /// A worker with empty pools.
     pub fn new(shared: &Arc<Shared>) -> Worker {
         let pool = Arc::new(ConnectionPool::new(&shared.upstreams, &shared.config));
-        Worker { shared: Arc::clone(shared), pool, buffers: BufferPool::default() }
+        Worker {
+            shared: Arc::clone(shared),
+            pool,
+            buffers: BufferPool::default(),
+        }
     }
 }
 

@@ -5,10 +5,10 @@ use super::client::{Gone, Input, Reader};
 use super::recording::Recording;
 use super::refusal::Refusal;
 use crate::config::ProxyConfig;
+use crate::proxy::clock::Clock;
 use crate::wire::Piece;
 use crate::wire::body::{BodyReader, Step};
 use crate::wire::head::Framing;
-use crate::proxy::clock::Clock;
 use std::time::Duration;
 use tokio::time::timeout;
 

@@ -10,9 +10,9 @@ use super::trace::Trace;
 use crate::event::{Begin, Context, RequestEvent};
 use crate::identity::Identity;
 use crate::metrics::InflightGuard;
-use crate::wire::{At, Piece};
 use crate::wire::exchange::{Ending, Exchange, Facts};
 use crate::wire::head::RequestHead;
+use crate::wire::{At, Piece};
 use std::sync::Arc;
 
 /// Longest `X-Request-Id` that is taken over from a client: it becomes part of vLLM's ids, log lines and rows.
@@ -47,7 +47,12 @@ impl Recording {
             context.request_id = id.into();
         }
         let exchange = Exchange::begin(at, head);
-        Recording { shared: Arc::clone(shared), live: Some(Live { exchange, context }), inflight: None, trace }
+        Recording {
+            shared: Arc::clone(shared),
+            live: Some(Live { exchange, context }),
+            inflight: None,
+            trace,
+        }
     }
 
     /// Records bytes that were no request.
@@ -166,7 +171,9 @@ impl Recording {
 
     /// Ends it as of `at`. Whatever comes after the first end is ignored.
     pub fn end_at(&mut self, at: At, ending: Ending) {
-        let Some(Live { exchange, context }) = self.live.take() else { return };
+        let Some(Live { exchange, context }) = self.live.take() else {
+            return;
+        };
         self.inflight = None;
         let event = RequestEvent::new(context, exchange.finish(at, ending), CAPTURE);
         self.shared.record(&event);
@@ -201,5 +208,9 @@ fn new_context(shared: &Shared, at: At) -> Context {
 /// A client's request id, if it is short and visible ASCII; otherwise it gets one of ours.
 fn acceptable_id(value: &[u8]) -> Option<&str> {
     let good = (1..=REQUEST_ID_BYTES_MAX).contains(&value.len()) && value.iter().all(u8::is_ascii_graphic);
-    if good { std::str::from_utf8(value).ok() } else { None }
+    if good {
+        std::str::from_utf8(value).ok()
+    } else {
+        None
+    }
 }

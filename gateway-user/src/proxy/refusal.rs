@@ -106,7 +106,11 @@ impl Refusal {
     pub fn keeps_connection(&self) -> bool {
         !matches!(
             self,
-            Refusal::Head(_) | Refusal::Body(_) | Refusal::SlowRequest | Refusal::Expectation | Refusal::Method
+            Refusal::Head(_)
+                | Refusal::Body(_)
+                | Refusal::SlowRequest
+                | Refusal::Expectation
+                | Refusal::Method
         )
     }
 
@@ -193,7 +197,10 @@ mod tests {
     fn body(refusal: &Refusal, endpoint: Endpoint) -> serde_json::Value {
         let response = String::from_utf8(refusal.response(endpoint, "r-1", "POST", true)).expect("text");
         let (head, body) = response.split_once("\r\n\r\n").expect("a head and a body");
-        assert!(head.contains(&format!("content-length: {}", body.len())), "{head}");
+        assert!(
+            head.contains(&format!("content-length: {}", body.len())),
+            "{head}"
+        );
         assert!(head.contains("\r\nconnection: close"), "{head}");
         serde_json::from_str(body).expect("JSON")
     }

@@ -56,7 +56,13 @@ impl Relay {
             Delivered::Chunked => true,
             Delivered::UntilClose => false,
         };
-        Relay { reader: BodyReader::new(framing), delivered, chunked, edit, building: Vec::new() }
+        Relay {
+            reader: BodyReader::new(framing),
+            delivered,
+            chunked,
+            edit,
+            building: Vec::new(),
+        }
     }
 
     /// Whether what [`Relay::feed`] consumed is to be sent as it is. Otherwise it has put into `out` what is to be sent.
@@ -82,7 +88,10 @@ impl Relay {
         } else if !self.reader.is_inside_chunk() || self.building.len() >= BUILT_BYTES_MAX {
             self.flush(out);
         }
-        Ok(Progress { consumed: input.len() - rest.len(), done })
+        Ok(Progress {
+            consumed: input.len() - rest.len(),
+            done,
+        })
     }
 
     fn steps(

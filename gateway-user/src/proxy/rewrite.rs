@@ -7,12 +7,23 @@
 use crate::wire::head::{Fields, Framing, RequestHead, ResponseHead};
 
 /// Fields that speak of one connection only (RFC 9110, section 7.6.1). `Transfer-Encoding` is one too, and is handled with the framing.
-const HOP_BY_HOP: [&str; 6] = ["connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade"];
+const HOP_BY_HOP: [&str; 6] = [
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "upgrade",
+];
 
 /// Fields with which vLLM lets a client choose its place in the queue, its engine, or the load report it gets.
 /// Such choices are the gateway's, or one team could take another's place.
-const SCHEDULER: [&str; 4] =
-    ["x-vllm-priority", "x-session-id", "x-data-parallel-rank", "endpoint-load-metrics-format"];
+const SCHEDULER: [&str; 4] = [
+    "x-vllm-priority",
+    "x-session-id",
+    "x-data-parallel-rank",
+    "endpoint-load-metrics-format",
+];
 
 /// The gateway's own id of a request, on the way to the upstream.
 pub const GATEWAY_REQUEST_ID: &str = "x-gateway-request-id";
@@ -57,8 +68,13 @@ pub fn request_head(
     for field in fields.iter() {
         let is = |name: &str| field.name.eq_ignore_ascii_case(name);
         let is_one_of = |names: &[&str]| names.iter().any(|name| is(name));
-        let replaced = is_one_of(&[GATEWAY_REQUEST_ID, "x-request-id", "traceparent", "expect", "transfer-encoding"])
-            || (is("content-length") && sent != Sent::AsFramed)
+        let replaced = is_one_of(&[
+            GATEWAY_REQUEST_ID,
+            "x-request-id",
+            "traceparent",
+            "expect",
+            "transfer-encoding",
+        ]) || (is("content-length") && sent != Sent::AsFramed)
             || (is("accept-encoding") && add.identity_encoding);
         if replaced || is_one_of(&SCHEDULER) || strip(field.name) || is_hop_by_hop(fields, field.name) {
             continue;
@@ -160,7 +176,13 @@ pub fn delivery(framing: Framing, client_minor: u8, edited: bool) -> Delivered {
 
 fn is_hop_by_hop(fields: &Fields, name: &str) -> bool {
     // What a client names in `Connection` is hop-by-hop too, but it must not talk the framing or the host away.
-    let protected = ["content-length", "transfer-encoding", "host", "content-type", "x-request-id"];
+    let protected = [
+        "content-length",
+        "transfer-encoding",
+        "host",
+        "content-type",
+        "x-request-id",
+    ];
     HOP_BY_HOP.iter().any(|hop| hop.eq_ignore_ascii_case(name))
         || (fields.lists("connection", name) && !protected.iter().any(|kept| kept.eq_ignore_ascii_case(name)))
 }
@@ -183,13 +205,22 @@ mod tests {
     };
 
     fn rewritten(text: &str, sent: Sent, add: &RequestAdditions<'_>) -> String {
-        let (head, _) = RequestHead::parse(text.as_bytes(), 8_192).expect("a good head").expect("a whole head");
+        let (head, _) = RequestHead::parse(text.as_bytes(), 8_192)
+            .expect("a good head")
+            .expect("a whole head");
         let mut out = Vec::new();
-        request_head(&head, sent, add, |name| name.eq_ignore_ascii_case("x-team-id"), &mut out);
+        request_head(
+            &head,
+            sent,
+            add,
+            |name| name.eq_ignore_ascii_case("x-team-id"),
+            &mut out,
+        );
         String::from_utf8(out).expect("text")
     }
 
-    const ADDED: &str = "X-Request-Id: r-1\r\nX-Gateway-Request-Id: gw-1-1.abc\r\ntraceparent: 00-t-s-01\r\n\r\n";
+    const ADDED: &str =
+        "X-Request-Id: r-1\r\nX-Gateway-Request-Id: gw-1-1.abc\r\ntraceparent: 00-t-s-01\r\n\r\n";
 
     #[test]
     fn what_is_not_ours_passes_byte_for_byte() {
@@ -208,7 +239,10 @@ mod tests {
 
     #[test]
     fn an_edited_response_is_asked_for_unencoded() {
-        let add = RequestAdditions { identity_encoding: true, ..ADD };
+        let add = RequestAdditions {
+            identity_encoding: true,
+            ..ADD
+        };
         let sent = "GET / HTTP/1.1\r\nHost: a\r\nAccept-Encoding: gzip\r\n\r\n";
         let expected = format!("GET / HTTP/1.1\r\nHost: a\r\nAccept-Encoding: identity\r\n{ADDED}");
         assert_eq!(rewritten(sent, Sent::AsFramed, &add), expected);
@@ -250,12 +284,14 @@ mod tests {
 
     #[test]
     fn a_response_keeps_its_fields_and_gains_the_request_id() {
-        let text = "HTTP/1.1 200 OK\r\nserver: uvicorn\r\nconnection: keep-alive\r\ncontent-length: 2\r\n\r\n";
-        let (head, _) = ResponseHead::parse(text.as_bytes(), 8_192, "GET").expect("good").expect("whole");
+        let text =
+            "HTTP/1.1 200 OK\r\nserver: uvicorn\r\nconnection: keep-alive\r\ncontent-length: 2\r\n\r\n";
+        let (head, _) = ResponseHead::parse(text.as_bytes(), 8_192, "GET")
+            .expect("good")
+            .expect("whole");
         let mut out = Vec::new();
         response_head(&head, Delivered::AsFramed, "r-1", true, &mut out);
-        let expected =
-            "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-length: 2\r\nx-request-id: r-1\r\nconnection: close\r\n\r\n";
+        let expected = "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-length: 2\r\nx-request-id: r-1\r\nconnection: close\r\n\r\n";
         assert_eq!(String::from_utf8(out).expect("text"), expected);
     }
 }

@@ -105,7 +105,13 @@ pub async fn exchange(
     let (mut sent_whole, mut waiting_reader) = (false, None);
     let mut answered = false;
     let head = {
-        let mut sending = pin!(send(worker, request, client_reader, &mut upstream_writer, recording));
+        let mut sending = pin!(send(
+            worker,
+            request,
+            client_reader,
+            &mut upstream_writer,
+            recording
+        ));
         let mut sending_done = false;
         let mut deadline = pin!(sleep_until(Instant::now() + limits.response_head_timeout));
         loop {
@@ -119,7 +125,9 @@ pub async fn exchange(
             match event {
                 Event::Sent(Ok(reader)) => {
                     (sending_done, sent_whole, waiting_reader) = (true, true, Some(reader));
-                    deadline.as_mut().reset(Instant::now() + limits.response_head_timeout);
+                    deadline
+                        .as_mut()
+                        .reset(Instant::now() + limits.response_head_timeout);
                 }
                 Event::Sent(Err(Unsent::Upstream)) => sending_done = true,
                 Event::Sent(Err(Unsent::Stop(stop))) => return Err(Failed::Stop(stop)),
@@ -146,7 +154,12 @@ pub async fn exchange(
             if let Some(exchange) = recording.exchange() {
                 exchange.response_head(worker.shared.clock.now(), &head);
             }
-            Ok(Answer { connection, head, early, sent_whole })
+            Ok(Answer {
+                connection,
+                head,
+                early,
+                sent_whole,
+            })
         }
         Err(Gone) => {
             recording.unanswered();
@@ -177,7 +190,8 @@ struct Parsed {
 fn parse(early: &mut Vec<u8>, request: &Request<'_>, max_head: usize) -> Result<Parsed, Refusal> {
     let mut interim = Vec::new();
     loop {
-        let parsed = ResponseHead::parse(early, max_head, request.method).map_err(|_| Refusal::BadUpstream)?;
+        let parsed =
+            ResponseHead::parse(early, max_head, request.method).map_err(|_| Refusal::BadUpstream)?;
         match parsed {
             None => return Ok(Parsed { interim, head: None }),
             // Nobody asked to leave HTTP: what follows could not be followed, and would pass uncounted.
@@ -219,7 +233,12 @@ async fn send<'c>(
             let mut framed = Vec::new();
             let mut rest = rest.clone();
             let limits = &worker.shared.config.proxy;
-            let mut receiver = Receiver { reader, limits, recording, clock: worker.shared.clock };
+            let mut receiver = Receiver {
+                reader,
+                limits,
+                recording,
+                clock: worker.shared.clock,
+            };
             let (max_body, mut total) = (limits.max_body.as_len() as u64, first.len() as u64);
             while !rest.is_done() {
                 let input = receiver.input().await.map_err(Unsent::Stop)?;
@@ -245,7 +264,9 @@ async fn send<'c>(
 
 /// Head and body in one system call, as a rule.
 async fn write_both(writer: &mut WriteHalf<'_>, head: &[u8], body: &[u8]) -> io::Result<()> {
-    let written = writer.write_vectored(&[io::IoSlice::new(head), io::IoSlice::new(body)]).await?;
+    let written = writer
+        .write_vectored(&[io::IoSlice::new(head), io::IoSlice::new(body)])
+        .await?;
     if written < head.len() {
         writer.write_all(&head[written..]).await?;
         return writer.write_all(body).await;

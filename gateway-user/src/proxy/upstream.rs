@@ -64,10 +64,15 @@ impl Upstream {
             0 => usize::MAX,
             cap => cap as usize,
         };
-        let taken = self.inflight.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| {
-            (now < cap).then_some(now + 1)
-        });
-        taken.ok().map(|_| Place { upstream: Arc::clone(self), _counted: self.metrics.inflight() })
+        let taken = self
+            .inflight
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| {
+                (now < cap).then_some(now + 1)
+            });
+        taken.ok().map(|_| Place {
+            upstream: Arc::clone(self),
+            _counted: self.metrics.inflight(),
+        })
     }
 
     fn can_serve(&self, purpose: Purpose) -> bool {
@@ -111,11 +116,20 @@ impl Upstreams {
     /// Those of the configuration. They count as up until a check says otherwise, so that the first request need not wait for one.
     pub fn new(config: &Config, metrics: &Metrics) -> Upstreams {
         let all = config.upstreams.iter().enumerate().map(|(index, upstream)| {
-            upstream.models.iter().for_each(|model| metrics.reserve_model(model));
+            upstream
+                .models
+                .iter()
+                .for_each(|model| metrics.reserve_model(model));
             let (up, inflight) = (AtomicBool::new(true), AtomicUsize::new(0));
             let metrics = metrics.upstream(upstream.name.as_str());
             metrics.set_up(true);
-            Arc::new(Upstream { config: upstream.clone(), index, up, inflight, metrics })
+            Arc::new(Upstream {
+                config: upstream.clone(),
+                index,
+                up,
+                inflight,
+                metrics,
+            })
         });
         Upstreams { all: all.collect() }
     }
@@ -134,15 +148,27 @@ impl Upstreams {
     /// [`Refusal::NoUpstream`] or [`Refusal::UnknownModel`] when none is configured for it.
     pub fn candidates(&self, endpoint: Endpoint, model: Option<&str>) -> Result<Vec<Arc<Upstream>>, Refusal> {
         let purpose = endpoint.purpose();
-        let serving: Vec<_> = self.all.iter().filter(|upstream| upstream.can_serve(purpose)).collect();
+        let serving: Vec<_> = self
+            .all
+            .iter()
+            .filter(|upstream| upstream.can_serve(purpose))
+            .collect();
         if serving.is_empty() {
             return Err(Refusal::NoUpstream(endpoint));
         }
         let named: Vec<_> = match model {
-            Some(model) => serving.iter().filter(|upstream| upstream.names_model(model)).copied().collect(),
+            Some(model) => serving
+                .iter()
+                .filter(|upstream| upstream.names_model(model))
+                .copied()
+                .collect(),
             None => Vec::new(),
         };
-        let any: Vec<_> = serving.iter().filter(|upstream| upstream.config.models.is_empty()).copied().collect();
+        let any: Vec<_> = serving
+            .iter()
+            .filter(|upstream| upstream.config.models.is_empty())
+            .copied()
+            .collect();
         let mut chosen = match (named.is_empty(), any.is_empty(), model) {
             (false, _, _) => named,
             (true, false, _) => any,
@@ -151,7 +177,9 @@ impl Upstreams {
         };
         if matches!(purpose, Purpose::Free | Purpose::Other | Purpose::Administer) {
             // Routes that any server has: the replicas of the first one's kind, not a mixture of models.
-            let first = chosen.first().map(|upstream| (upstream.config.serves, upstream.config.models.clone()));
+            let first = chosen
+                .first()
+                .map(|upstream| (upstream.config.serves, upstream.config.models.clone()));
             chosen.retain(|upstream| {
                 first.as_ref().is_some_and(|(serves, models)| {
                     upstream.config.serves == *serves && upstream.config.models == *models
@@ -203,7 +231,11 @@ impl ConnectionPool {
             let is_open = matches!(idle.stream.try_read(&mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock);
             if is_open && idle.since.elapsed() < self.idle_max {
                 let counted = upstream.metrics.active_connection();
-                return Some(UpstreamConnection { stream: idle.stream, reused: true, _counted: counted });
+                return Some(UpstreamConnection {
+                    stream: idle.stream,
+                    reused: true,
+                    _counted: counted,
+                });
             }
         }
     }
@@ -217,7 +249,11 @@ impl ConnectionPool {
         let connecting = TcpStream::connect((url.host(), url.port()));
         let stream = tokio::time::timeout(self.connect_timeout, connecting).await??;
         stream.set_nodelay(true)?;
-        Ok(UpstreamConnection { stream, reused: false, _counted: upstream.metrics.active_connection() })
+        Ok(UpstreamConnection {
+            stream,
+            reused: false,
+            _counted: upstream.metrics.active_connection(),
+        })
     }
 
     /// Keeps `connection` for the next request.
@@ -225,7 +261,11 @@ impl ConnectionPool {
         let mut slot = self.slot(upstream);
         if slot.len() < IDLE_MAX {
             let counted = upstream.metrics.idle_connection();
-            slot.push(Idle { stream: connection.stream, since: Instant::now(), _counted: counted });
+            slot.push(Idle {
+                stream: connection.stream,
+                since: Instant::now(),
+                _counted: counted,
+            });
         }
     }
 
@@ -238,6 +278,8 @@ impl ConnectionPool {
     }
 
     fn slot(&self, upstream: &Upstream) -> std::sync::MutexGuard<'_, Vec<Idle>> {
-        self.idle[upstream.index].lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.idle[upstream.index]
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }

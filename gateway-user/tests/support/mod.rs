@@ -57,11 +57,18 @@ impl Drop for Sim {
 
 /// Starts a program whose first line on standard output is `listening on http://ADDR`.
 fn spawn_listening(mut command: Command) -> (Child, SocketAddr) {
-    let mut child = command.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().expect("the program starts");
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("the program starts");
     let mut line = String::new();
     let stdout = child.stdout.take().expect("a pipe");
     BufReader::new(stdout).read_line(&mut line).expect("a first line");
-    let addr = line.trim().strip_prefix("listening on http://").and_then(|addr| addr.parse().ok());
+    let addr = line
+        .trim()
+        .strip_prefix("listening on http://")
+        .and_then(|addr| addr.parse().ok());
     let addr = addr.unwrap_or_else(|| panic!("expected `listening on http://ADDR`, got {line:?}"));
     (child, addr)
 }
@@ -75,7 +82,10 @@ pub struct Collector {
 
 impl EventSink for Collector {
     fn record(&self, event: &RequestEvent) {
-        self.events.lock().expect("no panic while events are held").push(event.clone());
+        self.events
+            .lock()
+            .expect("no panic while events are held")
+            .push(event.clone());
         self.arrived.notify_all();
     }
 }
@@ -84,15 +94,24 @@ impl Collector {
     /// Waits until there are `count` events, and returns all of them.
     pub fn wait_for(&self, count: usize) -> Vec<RequestEvent> {
         let events = self.events.lock().expect("no panic while events are held");
-        let waited = self.arrived.wait_timeout_while(events, DEADLINE, |events| events.len() < count);
+        let waited = self
+            .arrived
+            .wait_timeout_while(events, DEADLINE, |events| events.len() < count);
         let (events, _) = waited.expect("no panic while events are held");
-        assert!(events.len() >= count, "expected {count} events, got {}", events.len());
+        assert!(
+            events.len() >= count,
+            "expected {count} events, got {}",
+            events.len()
+        );
         events.clone()
     }
 
     /// The events so far.
     pub fn now(&self) -> Vec<RequestEvent> {
-        self.events.lock().expect("no panic while events are held").clone()
+        self.events
+            .lock()
+            .expect("no panic while events are held")
+            .clone()
     }
 }
 
@@ -111,11 +130,13 @@ pub struct TestGateway {
 impl TestGateway {
     /// Starts one with this configuration (YAML) on free ports; `gateway.listen` and `admin.listen` are set by this function.
     pub fn start(yaml: &str) -> TestGateway {
-        let mut config = Config::parse("test.yaml", yaml, &|_| None).unwrap_or_else(|error| panic!("{error}"));
+        let mut config =
+            Config::parse("test.yaml", yaml, &|_| None).unwrap_or_else(|error| panic!("{error}"));
         config.gateway.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         config.admin.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         let events = Arc::new(Collector::default());
-        let gateway = Gateway::build(config, vec![Arc::clone(&events) as Arc<dyn EventSink>]).expect("it starts");
+        let gateway =
+            Gateway::build(config, vec![Arc::clone(&events) as Arc<dyn EventSink>]).expect("it starts");
         let (addr, admin) = (gateway.client_addr().expect("an address"), gateway.admin_addr());
         let (stop, stopped) = oneshot::channel();
         let running = std::thread::spawn(move || {
@@ -123,12 +144,19 @@ impl TestGateway {
             let run = gateway.run(async { drop(stopped.await) });
             runtime.block_on(run).expect("it runs")
         });
-        TestGateway { addr, admin, events, stop: Some(stop), running: Some(running) }
+        TestGateway {
+            addr,
+            admin,
+            events,
+            stop: Some(stop),
+            running: Some(running),
+        }
     }
 
     /// Starts one in front of one upstream for text and, if given, one for embeddings; `more` is further YAML.
     pub fn before(generate: SocketAddr, embeddings: Option<SocketAddr>, more: &str) -> TestGateway {
-        let mut yaml = format!("upstreams:\n  - {{name: chat, url: \"http://{generate}\", serves: generate}}\n");
+        let mut yaml =
+            format!("upstreams:\n  - {{name: chat, url: \"http://{generate}\", serves: generate}}\n");
         if let Some(embeddings) = embeddings {
             yaml += &format!("  - {{name: embed, url: \"http://{embeddings}\", serves: embeddings}}\n");
         }
@@ -154,9 +182,16 @@ impl TestGateway {
 
     /// The text of `/metrics`.
     pub async fn metrics(&self) -> String {
-        let response = exchange(self.admin, b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await;
+        let response = exchange(
+            self.admin,
+            b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        )
+        .await;
         let text = String::from_utf8(response).expect("text");
-        text.split_once("\r\n\r\n").expect("a head and a body").1.to_owned()
+        text.split_once("\r\n\r\n")
+            .expect("a head and a body")
+            .1
+            .to_owned()
     }
 }
 
@@ -205,7 +240,10 @@ pub async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>
 
 /// The sum of all samples of `family` whose labels contain every one of `labels` (such as `team="a"`).
 pub fn metric_sum(text: &str, family: &str, labels: &[&str]) -> f64 {
-    let samples = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' '));
+    let samples = text
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| line.rsplit_once(' '));
     samples
         .filter(|(series, _)| {
             let name = series.split('{').next().unwrap_or_default();
