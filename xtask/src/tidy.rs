@@ -23,6 +23,9 @@ const FILE_ENDINGS: [&str; 12] = [
 /// A comment with this word, on the line or just above, says why an `unwrap` cannot fail.
 const PROOF: &str = "PROOF:";
 
+/// What the tests of a file begin with.
+const TEST_MARKS: [&str; 3] = ["#[cfg(test)]", "#![cfg(test)]", "#[cfg(all(test,"];
+
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
@@ -103,7 +106,7 @@ fn unproven_unwraps(source: &str) -> Vec<usize> {
     let lines: Vec<_> = source.lines().map(str::trim).collect();
     let tests = lines
         .iter()
-        .position(|line| line.starts_with("#[cfg(test)]") || line.starts_with("#![cfg(test)]"));
+        .position(|line| TEST_MARKS.iter().any(|mark| line.starts_with(mark)));
     let code = &lines[..tests.unwrap_or(lines.len())];
     let proven = |number: usize| {
         let comment_above = number
