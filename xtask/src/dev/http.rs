@@ -24,7 +24,9 @@ pub fn get(port: u16, path: &str) -> Result<String> {
         .with_context(|| format!("nothing answers on port {port}"))?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+    // In one piece: a server that answers after the first of several would reset the rest.
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     stream
         .take(BODY_BYTES_MAX)
