@@ -47,9 +47,11 @@ CREATE TABLE IF NOT EXISTS request_events{on_cluster}
     error_type LowCardinality(String),
     labels Map(LowCardinality(String), String),
     gateway_id LowCardinality(String),
-    batch LowCardinality(String)
+    batch LowCardinality(String),
+    -- A row that was only inferred from a crash gives way to the request's own row, should that turn up.
+    row_version UInt8 DEFAULT outcome != 'gateway_crash'
 )
-ENGINE = {replicated}ReplacingMergeTree
+ENGINE = {replicated}ReplacingMergeTree(row_version)
 PARTITION BY toYYYYMM(started_at)
 ORDER BY (team_id, started_at, event_id)
 TTL toDateTime(started_at) + INTERVAL {raw_ttl_days} DAY

@@ -74,6 +74,11 @@ impl Gateway {
         self
     }
 
+    /// The registry of metrics.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
     /// Where clients connect.
     ///
     /// # Errors

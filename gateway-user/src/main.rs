@@ -12,6 +12,7 @@ use vllm_gateway::config::{Capture, Config, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::descriptors;
 use vllm_gateway::gateway::Gateway;
 use vllm_gateway::store::embedded;
+use vllm_gateway::store::service::StoreService;
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
@@ -49,12 +50,23 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         .iter()
         .map(|upstream| format!("{} at {}", upstream.name, upstream.url))
         .collect();
-    let gateway = Gateway::build(config, Vec::new())?;
+    let store = StoreService::open(&config)?;
+    let sinks = store.as_ref().map(StoreService::events).into_iter().collect();
+    let sample_sinks = store.as_ref().map(StoreService::samples).into_iter().collect();
+    let gateway = Gateway::build(config, sinks)?.with_sample_sinks(sample_sinks);
+    if let Some(store) = &store {
+        gateway.metrics().show_store(store.counts())?;
+    }
     let (clients, admin) = (gateway.client_addr()?, gateway.admin_addr());
     gateway.runtime()?.block_on(async {
         let stop = stop_signal()?;
         tracing::info!(%clients, %admin, upstreams = upstreams.join(", "), "gateway is up");
+        let program = std::env::current_exe().context("the program's own file is not known")?;
+        let storing = store.map(|store| store.start(program, environment));
         let cut_off = gateway.run(stop).await?;
+        if let Some(storing) = storing {
+            storing.finish().await;
+        }
         tracing::info!(cut_off, "gateway has drained");
         Ok(ExitCode::SUCCESS)
     })

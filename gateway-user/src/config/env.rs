@@ -17,7 +17,7 @@ use super::{
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 /// Every variable that is read, in the order in which they are documented.
-pub const VARIABLES: [&str; 14] = [
+pub const VARIABLES: [&str; 16] = [
     "GATEWAY_LISTEN_ADDR",
     "GATEWAY_ADMIN_ADDR",
     "GATEWAY_WORKERS",
@@ -31,6 +31,8 @@ pub const VARIABLES: [&str; 14] = [
     "CLICKHOUSE_DATABASE",
     "CLICKHOUSE_USERNAME",
     "CLICKHOUSE_PASSWORD",
+    "CLICKHOUSE_LISTEN_ADDR",
+    "CLICKHOUSE_DATA_DIR",
     "METRICS_EMIT_INTERVAL",
 ];
 
@@ -74,6 +76,16 @@ pub(super) fn apply(env: Env<'_>, findings: &mut Findings<'_>, config: &mut Conf
         "CLICKHOUSE_PASSWORD",
         "store.password",
         &mut config.store.password,
+    );
+    from.set(
+        "CLICKHOUSE_LISTEN_ADDR",
+        "store.embedded_listen",
+        &mut config.store.embedded_listen,
+    );
+    from.set(
+        "CLICKHOUSE_DATA_DIR",
+        "store.embedded_dir",
+        &mut config.store.embedded_dir,
     );
     from.set(
         "METRICS_EMIT_INTERVAL",

@@ -106,6 +106,11 @@ pub(super) fn read_file(findings: &mut Findings<'_>, config: &mut Config) {
             section.read("database", &mut config.store.database);
             section.read("username", &mut config.store.username);
             section.read("password", &mut config.store.password);
+            section.read("cluster", &mut config.store.cluster);
+            section.read("raw_days", &mut config.store.raw_days);
+            section.read("ledger_days", &mut config.store.ledger_days);
+            section.read("embedded_listen", &mut config.store.embedded_listen);
+            section.read("embedded_dir", &mut config.store.embedded_dir);
         });
         top.section("spool", |section| read_spool(section, &mut config.spool));
         top.section("log", |section| {

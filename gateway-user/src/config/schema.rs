@@ -189,6 +189,17 @@ pub struct StoreConfig {
     pub username: Option<String>,
     /// That user's password; default: none.
     pub password: Option<Secret>,
+    /// A cluster that the tables are made on, replicated; default: none, and plain tables.
+    pub cluster: Option<Name>,
+    /// Days that raw rows are kept. Default 90: a bill can be questioned for a quarter.
+    pub raw_days: u32,
+    /// Days that the ledger is kept. Default 1100: three years, as accounts are.
+    pub ledger_days: u32,
+    /// Where the embedded engine listens. Default `127.0.0.1:8123`.
+    pub embedded_listen: SocketAddr,
+    /// Where the embedded engine keeps its data. Default `./clickhouse`.
+    #[serde(serialize_with = "serialize_path")]
+    pub embedded_dir: PathBuf,
 }
 
 /// Section `spool`.
@@ -361,6 +372,11 @@ impl Default for StoreConfig {
             database: "vllm_attribution".to_owned(),
             username: None,
             password: None,
+            cluster: None,
+            raw_days: 90,
+            ledger_days: 1100,
+            embedded_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8123)),
+            embedded_dir: PathBuf::from("./clickhouse"),
         }
     }
 }

@@ -123,6 +123,8 @@ pub enum StoreUrl {
     Embedded,
     /// A server's HTTP interface, without a slash at the end: `http://clickhouse:8123`.
     Server(String),
+    /// Nowhere: metrics only, and nothing is kept.
+    None,
 }
 
 impl fmt::Display for StoreUrl {
@@ -130,6 +132,7 @@ impl fmt::Display for StoreUrl {
         match self {
             Self::Embedded => f.write_str("embedded"),
             Self::Server(url) => f.write_str(url),
+            Self::None => f.write_str("none"),
         }
     }
 }
@@ -147,12 +150,15 @@ impl FromStr for StoreUrl {
         if text == "embedded" {
             return Ok(Self::Embedded);
         }
+        if text == "none" {
+            return Ok(Self::None);
+        }
         let Some(rest) = text
             .strip_prefix("http://")
             .or_else(|| text.strip_prefix("https://"))
         else {
             return Err(ValueError(
-                "it must be the word embedded, or start with http:// or https://".into(),
+                "it must be the word embedded or none, or start with http:// or https://".into(),
             ));
         };
         if text.contains('@') {

@@ -15,6 +15,7 @@ mod labels;
 mod process;
 mod scrape;
 mod series;
+mod store;
 #[cfg(test)]
 mod tests;
 
@@ -22,6 +23,7 @@ pub use handles::{InflightGuard, QueueMetrics, UpstreamMetrics};
 pub use scrape::ScrapeMetrics;
 
 use crate::event::{EventSink, RequestEvent};
+use crate::store::service::StoreCounts;
 use crate::wire::exchange::Outcome;
 use families::Families;
 use labels::Admitted;
@@ -145,6 +147,17 @@ impl Metrics {
     /// The handle of a bounded queue.
     pub fn queue(&self, name: &'static str) -> QueueMetrics {
         QueueMetrics::of(Arc::clone(&self.inner.families), name)
+    }
+
+    /// Shows a store's numbers too.
+    ///
+    /// # Errors
+    /// When they are shown already, which is a defect of this program.
+    pub fn show_store(&self, counts: StoreCounts) -> Result<(), MetricsError> {
+        Ok(self
+            .inner
+            .registry
+            .register(Box::new(store::StoreFamilies::of(counts)?))?)
     }
 
     /// Everything, in Prometheus' text format. With many teams this takes milliseconds: not for an async thread.

@@ -17,10 +17,26 @@ pub struct Migration {
 
 /// Every step, in order. A step that has been released is never changed; what must change gets a step of its own.
 pub const MIGRATIONS: &[Migration] = &[
-    Migration { version: 1, name: "request_events", sql: include_str!("../../../sql/0001_request_events.sql") },
-    Migration { version: 2, name: "request_metrics", sql: include_str!("../../../sql/0002_request_metrics.sql") },
-    Migration { version: 3, name: "vllm_system_metrics", sql: include_str!("../../../sql/0003_vllm_system_metrics.sql") },
-    Migration { version: 4, name: "segments_and_ledger", sql: include_str!("../../../sql/0004_segments_and_ledger.sql") },
+    Migration {
+        version: 1,
+        name: "request_events",
+        sql: include_str!("../../../sql/0001_request_events.sql"),
+    },
+    Migration {
+        version: 2,
+        name: "request_metrics",
+        sql: include_str!("../../../sql/0002_request_metrics.sql"),
+    },
+    Migration {
+        version: 3,
+        name: "vllm_system_metrics",
+        sql: include_str!("../../../sql/0003_vllm_system_metrics.sql"),
+    },
+    Migration {
+        version: 4,
+        name: "segments_and_ledger",
+        sql: include_str!("../../../sql/0004_segments_and_ledger.sql"),
+    },
 ];
 
 /// What the schema depends on besides its version.
@@ -72,7 +88,11 @@ pub enum MigrateError {
 /// # Errors
 /// [`MigrateError`]; whether trying again helps is for the caller to judge by the source.
 pub async fn migrate(client: &Client, layout: &Layout) -> Result<Vec<u32>, MigrateError> {
-    let prepare = Migration { version: 0, name: "schema_migrations", sql: BOOTSTRAP };
+    let prepare = Migration {
+        version: 0,
+        name: "schema_migrations",
+        sql: BOOTSTRAP,
+    };
     apply(client, &prepare, layout).await?;
     let client = client.clone().with_database(&layout.database);
     let found: u32 = client
@@ -82,7 +102,11 @@ pub async fn migrate(client: &Client, layout: &Layout) -> Result<Vec<u32>, Migra
         .map_err(MigrateError::Version)?;
     let known = MIGRATIONS.last().map_or(0, |migration| migration.version);
     if found > known {
-        return Err(MigrateError::TooNew { database: layout.database.clone(), found, known });
+        return Err(MigrateError::TooNew {
+            database: layout.database.clone(),
+            found,
+            known,
+        });
     }
     let mut applied = Vec::new();
     for migration in MIGRATIONS.iter().filter(|migration| migration.version > found) {
@@ -92,7 +116,10 @@ pub async fn migrate(client: &Client, layout: &Layout) -> Result<Vec<u32>, Migra
             .bind(migration.version)
             .bind(migration.name)
             .bind(env!("CARGO_PKG_VERSION"));
-        record.execute().await.map_err(|source| failed(migration, source))?;
+        record
+            .execute()
+            .await
+            .map_err(|source| failed(migration, source))?;
         applied.push(migration.version);
     }
     Ok(applied)
@@ -115,24 +142,39 @@ ORDER BY version;
 
 async fn apply(client: &Client, migration: &Migration, layout: &Layout) -> Result<(), MigrateError> {
     for statement in statements(migration.sql, layout) {
-        client.query_raw(&statement).execute().await.map_err(|source| failed(migration, source))?;
+        client
+            .query_raw(&statement)
+            .execute()
+            .await
+            .map_err(|source| failed(migration, source))?;
     }
     Ok(())
 }
 
 fn failed(migration: &Migration, source: Error) -> MigrateError {
-    MigrateError::Statement { version: migration.version, name: migration.name, source }
+    MigrateError::Statement {
+        version: migration.version,
+        name: migration.name,
+        source,
+    }
 }
 
 /// The statements of one migration for this layout.
 fn statements(sql: &str, layout: &Layout) -> Vec<String> {
-    let on_cluster = layout.cluster.as_ref().map(|cluster| format!(" ON CLUSTER '{cluster}'")).unwrap_or_default();
+    let on_cluster = layout
+        .cluster
+        .as_ref()
+        .map(|cluster| format!(" ON CLUSTER '{cluster}'"))
+        .unwrap_or_default();
     let (replicated, window) = match layout.cluster {
         Some(_) => ("Replicated", "replicated_deduplication_window"),
         None => ("", "non_replicated_deduplication_window"),
     };
-    let code: String =
-        sql.lines().filter(|line| !line.trim_start().starts_with("--")).collect::<Vec<_>>().join("\n");
+    let code: String = sql
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("--"))
+        .collect::<Vec<_>>()
+        .join("\n");
     code.split(";\n")
         .map(|statement| statement.trim().trim_end_matches(';'))
         .filter(|statement| !statement.is_empty())
@@ -154,7 +196,12 @@ mod tests {
 
     fn layout(cluster: Option<&str>) -> Layout {
         let cluster = cluster.map(str::to_owned);
-        Layout { database: "vllm_attribution".to_owned(), cluster, raw_ttl_days: 90, ledger_ttl_days: 1_000 }
+        Layout {
+            database: "vllm_attribution".to_owned(),
+            cluster,
+            raw_ttl_days: 90,
+            ledger_ttl_days: 1_000,
+        }
     }
 
     fn all(layout: &Layout) -> Vec<String> {
@@ -173,8 +220,14 @@ mod tests {
     fn every_statement_can_run_twice_and_has_no_hole_left() {
         for statement in all(&layout(None)) {
             assert!(statement.contains(" IF NOT EXISTS "), "{statement}");
-            assert!(!statement.contains('{') && !statement.contains(';'), "{statement}");
-            assert!(!statement.contains("ON CLUSTER") && !statement.contains("Replicated"), "{statement}");
+            assert!(
+                !statement.contains('{') && !statement.contains(';'),
+                "{statement}"
+            );
+            assert!(
+                !statement.contains("ON CLUSTER") && !statement.contains("Replicated"),
+                "{statement}"
+            );
         }
     }
 
@@ -183,18 +236,32 @@ mod tests {
         for statement in all(&layout(Some("prod"))) {
             assert!(statement.contains(" ON CLUSTER 'prod'"), "{statement}");
             let engine = statement.lines().find_map(|line| line.strip_prefix("ENGINE = "));
-            assert!(engine.is_none_or(|engine| engine.starts_with("Replicated")), "{statement}");
+            assert!(
+                engine.is_none_or(|engine| engine.starts_with("Replicated")),
+                "{statement}"
+            );
             assert!(!statement.contains("non_replicated"), "{statement}");
         }
     }
 
     #[test]
     fn tables_that_are_inserted_into_recognise_a_retry() {
-        for table in ["request_events", "request_metrics", "vllm_system_metrics", "request_segments", "tap_timings"] {
+        for table in [
+            "request_events",
+            "request_metrics",
+            "vllm_system_metrics",
+            "request_segments",
+            "tap_timings",
+        ] {
             let create = format!("CREATE TABLE IF NOT EXISTS {table}\n");
-            let found = all(&layout(None)).into_iter().find(|statement| statement.starts_with(&create));
+            let found = all(&layout(None))
+                .into_iter()
+                .find(|statement| statement.starts_with(&create));
             let found = found.unwrap_or_else(|| panic!("no table {table}"));
-            assert!(found.contains("non_replicated_deduplication_window = 10000"), "{table}");
+            assert!(
+                found.contains("non_replicated_deduplication_window = 10000"),
+                "{table}"
+            );
         }
     }
 }

@@ -32,7 +32,7 @@ impl ChildGateway {
         let dir = std::env::temp_dir().join(format!("vllm-gateway-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&dir).expect("a directory");
         let config = format!(
-            "gateway: {{listen: \"127.0.0.1:0\"}}\nadmin: {{listen: \"127.0.0.1:0\"}}\ncapture: proxy\nlog: {{format: json, level: info}}\n\
+            "gateway: {{listen: \"127.0.0.1:0\"}}\nadmin: {{listen: \"127.0.0.1:0\"}}\ncapture: proxy\nlog: {{format: json, level: info}}\nstore: {{url: none}}\n\
              upstreams:\n  - {{name: chat, url: \"http://{upstream}\", serves: generate}}\n"
         );
         std::fs::write(dir.join("config.yaml"), config).expect("a file");

@@ -101,6 +101,7 @@ fn gateway_config(
         "gateway:\n  listen: {listen}\n  workers: {workers}\n  runtime: {runtime}\n\
          admin:\n  listen: {admin}\n\
          upstreams:\n  - name: sim\n    url: http://{upstream}\n    serves: generate\n\
+         store:\n  url: none\n\
          log:\n  level: warn\n"
     )
 }

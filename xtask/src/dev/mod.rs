@@ -30,7 +30,7 @@ use self::ports::{BASES, Ports, USUAL_BASE};
 use self::report::Report;
 use self::services::Plan;
 use self::state::{Claim, Entry, StateDir};
-use crate::{stage, tools};
+use crate::{clickhouse, stage, tools};
 
 /// When the first report comes: the percentiles of three hundred requests mean something.
 const FIRST_REPORT_AFTER: Duration = Duration::from_secs(20);
@@ -132,6 +132,9 @@ fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result
     let programs = target.join(if options.release { "release" } else { "debug" });
     if !options.no_build {
         build(root, options.release)?;
+    }
+    if let Err(error) = clickhouse::get() {
+        println!("ClickHouse's engine could not be fetched, so rows will wait in the spool: {error:#}");
     }
     let ports = Ports::from_base(options.place.port_base);
     let with_prometheus = !options.no_prometheus && tools::has_prometheus();

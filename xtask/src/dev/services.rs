@@ -91,7 +91,12 @@ impl Plan<'_> {
             .env("GATEWAY_ADMIN_ADDR", format!("127.0.0.1:{}", self.ports.admin()))
             .env("VLLM_URL", url(self.ports.llm()))
             .env("VLLM_EMBEDDINGS_URL", url(self.ports.embeddings()))
-            .env("SPOOL_DIR", self.state.join("spool"));
+            .env("SPOOL_DIR", self.state.join("spool"))
+            .env(
+                "CLICKHOUSE_LISTEN_ADDR",
+                format!("127.0.0.1:{}", self.ports.clickhouse()),
+            )
+            .env("CLICKHOUSE_DATA_DIR", self.state.join("clickhouse"));
         command
     }
 

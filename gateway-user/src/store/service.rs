@@ -1,0 +1,169 @@
+//! The store while the gateway runs: rows into the spool, the engine kept alive, batches and samples on their way to it.
+//!
+//! Nothing here can keep a request waiting or a gateway from starting, but for a spool directory that cannot be used: an engine that is
+//! missing, down or full only means that rows wait.
+
+use super::embedded::{EmbeddedError, EmbeddedOptions, EmbeddedServer};
+use super::samples::{SampleQueue, SampleSender};
+use super::sender::{self, Sender, SenderStats};
+use super::{Spool, Store, StoreError};
+use crate::config::{Config, StoreConfig, StoreUrl};
+use crate::event::EventSink;
+use crate::vllm::SampleSink;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+/// How long rows wait for an engine that is only starting, before that is worth a word in the log.
+const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long the last batches may take at the end; what is not stored by then waits in the spool for the next start.
+const FINISH_LIMIT: Duration = Duration::from_secs(10);
+
+/// The store of one gateway, open and not sending yet.
+pub struct StoreService {
+    store: Arc<Store>,
+    samples: Arc<SampleQueue>,
+    config: StoreConfig,
+    sender: Sender,
+}
+
+/// A store that sends.
+pub struct RunningStore {
+    store: Arc<Store>,
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl StoreService {
+    /// Opens the spool of `config`, with what earlier runs left. `None` when nothing is to be kept.
+    ///
+    /// # Errors
+    /// When the spool's directory cannot be used.
+    pub fn open(config: &Config) -> Result<Option<StoreService>, StoreError> {
+        let Some(url) = url_of(&config.store) else {
+            return Ok(None);
+        };
+        let gateway = config.gateway.id_or_host_name();
+        let store = Arc::new(Store::open(&config.spool, gateway.as_str())?);
+        let client = sender::client(&config.store, &url);
+        let sender = Sender::new(Arc::clone(store.spool()), client, sender::layout(&config.store));
+        let samples = Arc::new(SampleQueue::default());
+        Ok(Some(StoreService {
+            store,
+            samples,
+            config: config.store.clone(),
+            sender,
+        }))
+    }
+
+    /// Where ended requests go.
+    pub fn events(&self) -> Arc<dyn EventSink> {
+        Arc::clone(&self.store) as Arc<dyn EventSink>
+    }
+
+    /// Where what vLLM says of itself goes.
+    pub fn samples(&self) -> Arc<dyn SampleSink> {
+        Arc::clone(&self.samples) as Arc<dyn SampleSink>
+    }
+
+    /// What there is to count.
+    pub fn counts(&self) -> StoreCounts {
+        StoreCounts {
+            spool: Arc::clone(self.store.spool()),
+            sender: self.sender.stats(),
+            samples: Arc::clone(&self.samples),
+        }
+    }
+
+    /// Begins to send. Must be called on a tokio runtime; `program` is what the embedded engine is started with.
+    pub fn start(self, program: PathBuf, variable: fn(&str) -> Option<OsString>) -> RunningStore {
+        let StoreService {
+            store,
+            samples,
+            config,
+            sender,
+        } = self;
+        let (stop, stopped) = watch::channel(false);
+        let task = tokio::spawn(async move {
+            let engine = match config.url {
+                StoreUrl::Embedded => start_engine(&config, program, variable).await,
+                _ => None,
+            };
+            let samples = SampleSender::new(samples, sender.database_client());
+            let (rows, ()) = tokio::join!(sender.run(stopped.clone()), samples.run(stopped));
+            if let Err(error) = rows {
+                tracing::error!(%error, "nothing is stored; rows wait in the spool");
+            }
+            if let Some(engine) = engine {
+                engine.stop().await;
+            }
+        });
+        RunningStore { store, stop, task }
+    }
+}
+
+impl RunningStore {
+    /// Stores what can be stored at once, and ends the engine. Every sink must be gone by then. What is left waits for the next start.
+    pub async fn finish(self) {
+        let RunningStore { store, stop, task } = self;
+        // The last rows are sealed with the store.
+        drop(store);
+        stop.send_replace(true);
+        if tokio::time::timeout(FINISH_LIMIT, task).await.is_err() {
+            tracing::warn!("not all rows could be stored in time; they wait in the spool");
+        }
+    }
+}
+
+/// The numbers of a store, for metrics.
+#[derive(Clone)]
+pub struct StoreCounts {
+    /// The spool.
+    pub spool: Arc<Spool>,
+    /// What was sent.
+    pub sender: Arc<SenderStats>,
+    /// Samples that wait.
+    pub samples: Arc<SampleQueue>,
+}
+
+fn url_of(config: &StoreConfig) -> Option<String> {
+    match &config.url {
+        StoreUrl::Embedded => Some(format!("http://{}", config.embedded_listen)),
+        StoreUrl::Server(url) => Some(url.clone()),
+        StoreUrl::None => None,
+    }
+}
+
+async fn start_engine(
+    config: &StoreConfig,
+    program: PathBuf,
+    variable: fn(&str) -> Option<OsString>,
+) -> Option<EmbeddedServer> {
+    let options = EmbeddedOptions {
+        program,
+        listen: config.embedded_listen,
+        data_dir: config.embedded_dir.clone(),
+        library: None,
+        user: config.username.clone(),
+        password: config.password.clone(),
+    };
+    let engine = match EmbeddedServer::spawn(options, &variable) {
+        Ok(engine) => engine,
+        Err(error) => {
+            // Said once and in full: the message names the command that gets the library.
+            tracing::error!(%error, "there is no embedded ClickHouse; rows wait in the spool");
+            return None;
+        }
+    };
+    match engine.ready(START_LIMIT).await {
+        Ok(address) => tracing::info!(%address, "the embedded ClickHouse is up"),
+        Err(error @ (EmbeddedError::Late(_) | EmbeddedError::Stopped | EmbeddedError::Library(_))) => {
+            tracing::error!(%error, "rows wait in the spool");
+        }
+    }
+    Some(engine)
+}
