@@ -3,7 +3,7 @@
 //! Nothing here can keep a request waiting or a gateway from starting, but for a spool directory that cannot be used: an engine that is
 //! missing, down or full only means that rows wait.
 
-use super::embedded::{EmbeddedError, EmbeddedOptions, EmbeddedServer};
+use super::embedded::{EmbeddedOptions, EmbeddedServer};
 use super::samples::{SampleQueue, SampleSender};
 use super::sender::{self, Sender, SenderStats};
 use super::{Spool, Store, StoreError};
@@ -159,11 +159,9 @@ async fn start_engine(
             return None;
         }
     };
-    match engine.ready(START_LIMIT).await {
-        Ok(address) => tracing::info!(%address, "the embedded ClickHouse is up"),
-        Err(error @ (EmbeddedError::Late(_) | EmbeddedError::Stopped | EmbeddedError::Library(_))) => {
-            tracing::error!(%error, "rows wait in the spool");
-        }
+    // That it is up, it says itself.
+    if let Err(error) = engine.ready(START_LIMIT).await {
+        tracing::error!(%error, "rows wait in the spool");
     }
     Some(engine)
 }
