@@ -727,7 +727,7 @@ async fn the_gateway_keeps_it_alive_on_one_address_and_ends_it() {
         program: PROGRAM.into(),
         listen: "127.0.0.1:0".parse().expect("an address"),
         data_dir: directory.0.clone(),
-        library: None,
+        libchdb: None,
         user: Some("gateway".into()),
         password: Some(Secret::new("hunter2")),
     };
@@ -767,7 +767,7 @@ async fn the_gateway_keeps_it_alive_on_one_address_and_ends_it() {
         "process {process} is still there"
     );
     let missing = EmbeddedOptions {
-        library: Some("/no/such/library".into()),
+        libchdb: Some("/no/such/library".into()),
         ..options
     };
     let error = EmbeddedServer::spawn(missing, &variable)

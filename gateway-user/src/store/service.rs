@@ -147,7 +147,7 @@ async fn start_engine(
         program,
         listen: config.embedded_listen,
         data_dir: config.embedded_dir.clone(),
-        library: None,
+        libchdb: None,
         user: config.username.clone(),
         password: config.password.clone(),
     };

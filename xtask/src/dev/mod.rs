@@ -214,7 +214,11 @@ fn attend(
 fn show(entries: &[Entry], state: &StateDir, ports: Ports) {
     print!("{}", table(entries, state));
     let admin = format!("http://127.0.0.1:{}", ports.admin());
-    println!("\nmetrics: {admin}/metrics   Ctrl-C, or `cargo xtask dev stop` elsewhere, ends all of it");
+    println!(
+        "\nrows:    curl 'http://127.0.0.1:{}/?query=SELECT+*+FROM+vllm_attribution.request_events+LIMIT+3+FORMAT+Vertical'",
+        ports.clickhouse()
+    );
+    println!("metrics: {admin}/metrics   Ctrl-C, or `cargo xtask dev stop` elsewhere, ends all of it");
 }
 
 fn table(entries: &[Entry], state: &StateDir) -> String {

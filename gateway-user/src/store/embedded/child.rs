@@ -39,7 +39,7 @@ pub struct EmbeddedOptions {
     /// Its data.
     pub data_dir: PathBuf,
     /// The engine's library, when it is not to be looked for.
-    pub library: Option<PathBuf>,
+    pub libchdb: Option<PathBuf>,
     /// The user that it lets in; `None`: `default`.
     pub user: Option<String>,
     /// That user's password; `None`: none.
@@ -89,7 +89,7 @@ impl EmbeddedServer {
         variable: &dyn Fn(&str) -> Option<OsString>,
     ) -> Result<EmbeddedServer, EmbeddedError> {
         if official::find_program(variable("PATH")).is_none() {
-            find_library(options.library.as_deref(), variable)?;
+            find_library(options.libchdb.as_deref(), variable)?;
         }
         let (sender, state) = watch::channel(EmbeddedState::default());
         let (stop, stopped) = watch::channel(false);
@@ -164,7 +164,7 @@ fn start(options: &EmbeddedOptions) -> io::Result<Child> {
     command.arg("embedded-clickhouse").arg("--exit-with-stdin");
     command.arg("--listen").arg(options.listen.to_string());
     command.arg("--data-dir").arg(&options.data_dir);
-    if let Some(library) = &options.library {
+    if let Some(library) = &options.libchdb {
         command.arg("--library").arg(library);
     }
     let password = options.password.as_ref().map_or("", |password| password.expose());

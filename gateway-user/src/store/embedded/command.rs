@@ -34,8 +34,8 @@ pub struct EmbeddedArgs {
     #[arg(long, value_name = "DIRECTORY")]
     pub data_dir: PathBuf,
     /// The engine's library. Default: $CHDB_LIBRARY, the cache of `cargo xtask get-clickhouse`, or beside the program.
-    #[arg(long, value_name = "FILE")]
-    pub library: Option<PathBuf>,
+    #[arg(long = "library", value_name = "FILE")]
+    pub libchdb: Option<PathBuf>,
     /// End when standard input does: how a child learns that its parent has died, however it died.
     #[arg(long)]
     pub exit_with_stdin: bool,
@@ -114,7 +114,7 @@ pub fn run(
         }
         None => {
             let library =
-                find_library(arguments.library.as_deref(), variable).map_err(CommandError::Library)?;
+                find_library(arguments.libchdb.as_deref(), variable).map_err(CommandError::Library)?;
             run_chdb(&runtime, &library, &data_dir, listener, credentials, stop)?;
         }
     }
