@@ -81,13 +81,14 @@ pub async fn deliver(
     if ends_at_close && matches!(streamed, Err(Stop::Broken(..))) {
         client.reset_when_dropped();
     }
-    let surplus = streamed?;
+    // Also of a stream that its client left: official libraries leave at its last event.
     if let (Some(lesson), Some(model)) = (relay.lesson(), request.model) {
         worker.shared.learned.note(place.upstream().name(), model, lesson);
     }
     if let Some(stopped) = relay.stopped() {
         worker.shared.metrics.injection(stopped.name());
     }
+    let surplus = streamed?;
     if sent_whole && head.keep_alive() && !surplus {
         worker.pool.put(place.upstream(), connection);
     }

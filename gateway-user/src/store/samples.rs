@@ -1,7 +1,7 @@
 //! What vLLM says of itself, on its way to ClickHouse.
 //!
 //! Samples are few (some an upstream and scrape) and describe a moment that passes, so they wait in memory and not on disk: through an outage of
-//! hours, and not through a restart. Past [`WAITING_MAX`] the oldest go, counted.
+//! hours, and not through a restart. Past a bound (30,000) the oldest go, counted.
 
 use super::sender::told;
 use crate::vllm::{SampleSink, SystemSample};
