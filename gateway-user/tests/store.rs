@@ -9,6 +9,8 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use support::{Sim, eventually, exchange, post};
+use vllm_gateway::config::SpoolConfig;
+use vllm_gateway::store::Store;
 
 /// Requests of one load.
 const REQUESTS: usize = 400;
@@ -289,4 +291,46 @@ async fn a_killed_gateway_loses_nothing_that_a_client_saw_end() {
     })
     .await;
     gateway.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_clickhouse_refuses_is_put_aside_and_holds_nobody_up() {
+    let sim = Sim::start(&["--model", "tiny", "--instant"]);
+    let installed = Installed::new("refused", sim.addr);
+    let spool = SpoolConfig {
+        dir: installed.dir.join("spool"),
+        ..SpoolConfig::default()
+    };
+    let store = Store::open(&spool, "gw").expect("a spool");
+    for row in 0..9 {
+        // One row in the middle has a time that is none.
+        let started_at = if row == 4 { "\"never\"" } else { "1795355334000000" };
+        let line = format!("{{\"event_id\":\"e-{row}\",\"team_id\":\"a\",\"started_at\":{started_at}}}");
+        // Nobody waits for the disk here.
+        drop(store.spool().append(line.as_bytes()).expect("room"));
+    }
+    // Sealed with the store, and found by the program at its start.
+    drop(store);
+    let gateway = installed.start();
+    eventually("the good rows", async || {
+        let rows = installed
+            .number("(SELECT count(DISTINCT event_id) FROM request_events FINAL WHERE team_id = 'a')")
+            .await?;
+        (rows == 8).then_some(())
+    })
+    .await;
+    exchange(gateway.clients, &post("/v1/chat/completions", "behind", "{}")).await;
+    eventually("the row behind them", async || {
+        let rows = installed
+            .number("(SELECT count() FROM request_events FINAL WHERE team_id = 'behind')")
+            .await?;
+        (rows == 1).then_some(())
+    })
+    .await;
+    gateway.stop();
+    let quarantine = std::fs::read_dir(spool.dir.join("gw/quarantine")).expect("a directory");
+    let kept: String = quarantine
+        .map(|file| std::fs::read_to_string(file.expect("an entry").path()).expect("text"))
+        .collect();
+    assert!(kept.contains("e-4") && !kept.contains("e-3"), "{kept}");
 }

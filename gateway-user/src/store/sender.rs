@@ -223,29 +223,25 @@ impl Sender {
     async fn store(&self, batch: &Arc<Batch>, in_doubt: bool) -> Result<(), Failure> {
         let text = tokio::fs::read(&batch.path).await.map_err(Failure::File)?;
         let lines = Lines::of(Bytes::from(text));
-        let token = batch.id.to_string();
+        let mut token = batch.id.to_string();
+        let mut rows: Vec<usize> = (0..lines.len()).collect();
         if in_doubt {
             let there = self.stored(&token).await?;
-            let missing: Vec<usize> = (0..lines.len())
-                .filter(|at| !there.contains(lines.event_id(*at)))
-                .collect();
-            if missing.is_empty() {
+            rows.retain(|at| !there.contains(lines.event_id(*at)));
+            if rows.is_empty() {
                 self.stats.found.fetch_add(1, Ordering::Relaxed);
                 return self.acknowledge(batch);
             }
-            if missing.len() < lines.len() {
+            if rows.len() < lines.len() {
                 self.stats.repaired.fetch_add(1, Ordering::Relaxed);
-                let rest = lines.only(&missing);
-                let repair = format!("{token}+{}", missing.len());
-                self.insert(rest.text.clone(), &repair)
-                    .await
-                    .map_err(Failure::Insert)?;
-                return self.acknowledge(batch);
+                token = format!("{token}+{}", rows.len());
             }
         }
-        match self.insert(lines.text.clone(), &token).await {
+        match self.insert(lines.only(&rows).text, &token).await {
             Ok(()) => self.acknowledge(batch),
-            Err(error) if verdict(&error) == Verdict::Refused => self.set_aside(batch, &lines, &error).await,
+            Err(error) if verdict(&error) == Verdict::Refused => {
+                self.set_aside(batch, &lines, &rows, &error).await
+            }
             Err(error) => Err(Failure::Insert(error)),
         }
     }
@@ -257,21 +253,31 @@ impl Sender {
         self.spool.acknowledge(batch).map_err(Failure::File)
     }
 
-    /// Finds the rows that are refused, and puts them aside; the rest is sent as a batch of its own in the next round.
-    async fn set_aside(&self, batch: &Batch, lines: &Lines, error: &Error) -> Result<(), Failure> {
+    /// Stores those of `rows` that are not refused, and puts the others aside.
+    async fn set_aside(
+        &self,
+        batch: &Batch,
+        lines: &Lines,
+        rows: &[usize],
+        error: &Error,
+    ) -> Result<(), Failure> {
         let mut refused = Vec::new();
-        let mut suspects = vec![(0, lines.len())];
+        let mut suspects = vec![rows];
         let token = batch.id.to_string();
-        while let Some((from, to)) = suspects.pop() {
-            let range: Vec<usize> = (from..to).collect();
-            let part = format!("{token}+{from}-{to}");
-            match self.insert(lines.only(&range).text, &part).await {
+        while let Some(part) = suspects.pop() {
+            let (Some(first), Some(last)) = (part.first(), part.last()) else {
+                continue;
+            };
+            match self
+                .insert(lines.only(part).text, &format!("{token}+{first}-{last}"))
+                .await
+            {
                 Ok(()) => {}
                 Err(error) if verdict(&error) != Verdict::Refused => return Err(Failure::Insert(error)),
-                Err(_) if to - from == 1 => refused.push(from as u64),
+                Err(_) if part.len() == 1 => refused.push(*first as u64),
                 Err(_) => {
-                    let middle = from + (to - from) / 2;
-                    suspects.extend([(middle, to), (from, middle)]);
+                    let (front, back) = part.split_at(part.len() / 2);
+                    suspects.extend([back, front]);
                 }
             }
         }
