@@ -1,8 +1,9 @@
 //! The gateway as a whole: what is bound and built before it runs, how it runs, and how it ends.
 
 use crate::admin::{AdminServer, Readiness, State};
-use crate::config::{Config, RuntimeKind};
-use crate::event::EventSink;
+use crate::books::{Books, Outlets};
+use crate::config::{Capture, Config, RuntimeKind};
+use crate::event::{EventSink, Sinks};
 use crate::metrics::{Limits, Metrics, MetricsError};
 use crate::net::{self, BindError};
 use crate::proxy::{Shared, Worker, accept, health};
@@ -32,25 +33,23 @@ pub enum StartError {
 /// A gateway whose addresses are bound, and that serves nobody yet.
 pub struct Gateway {
     shared: Arc<Shared>,
+    /// None when there is no proxy.
     listeners: Vec<TcpListener>,
     admin: AdminServer,
     readiness: Readiness,
-    sample_sinks: Vec<Arc<dyn SampleSink>>,
+    samples: Vec<Arc<dyn SampleSink>>,
 }
 
 impl Gateway {
-    /// Binds the addresses of `config`. Ended requests go to `sinks` too.
+    /// Binds the addresses of `config`; ended requests and the like go to `outlets` too.
     ///
     /// # Errors
     /// [`StartError`], which names the address and who holds it.
-    pub fn build(config: Config, sinks: Vec<Arc<dyn EventSink>>) -> Result<Gateway, StartError> {
-        let count = match config.gateway.runtime {
-            RuntimeKind::Shared => NonZeroUsize::MIN,
-            RuntimeKind::PerCore => workers(&config),
+    pub fn build(config: Config, outlets: Outlets) -> Result<Gateway, StartError> {
+        let listeners = match config.capture {
+            Capture::Tap => Vec::new(),
+            _ => bind_for_clients(&config)?,
         };
-        let listen = config.gateway.listen;
-        let setting = "gateway.listen or GATEWAY_LISTEN_ADDR";
-        let listeners = net::bind_listeners(listen, "gateway", setting, count)?;
         let max_teams = config.metrics.max_teams as usize;
         let metrics = Metrics::new(Limits {
             max_teams,
@@ -58,20 +57,15 @@ impl Gateway {
         })?;
         let readiness = Readiness::default();
         let admin = AdminServer::bind(config.admin.listen, metrics.clone(), readiness.clone())?;
-        let shared = Shared::new(config, metrics, sinks);
+        let own: Arc<dyn EventSink> = Arc::new(metrics.clone());
+        let books = Books::new(&config, Sinks::new([own].into_iter().chain(outlets.events)));
         Ok(Gateway {
-            shared,
+            shared: Shared::new(config, metrics, books, None),
             listeners,
             admin,
             readiness,
-            sample_sinks: Vec::new(),
+            samples: outlets.samples,
         })
-    }
-
-    /// What the upstreams say of themselves goes to `sinks` too.
-    pub fn with_sample_sinks(mut self, sinks: Vec<Arc<dyn SampleSink>>) -> Gateway {
-        self.sample_sinks = sinks;
-        self
     }
 
     /// The registry of metrics.
@@ -79,12 +73,9 @@ impl Gateway {
         &self.shared.metrics
     }
 
-    /// Where clients connect.
-    ///
-    /// # Errors
-    /// Those of the socket.
-    pub fn client_addr(&self) -> io::Result<SocketAddr> {
-        self.listeners[0].local_addr()
+    /// Where clients connect, if there is a proxy.
+    pub fn client_addr(&self) -> Option<SocketAddr> {
+        self.listeners.first()?.local_addr().ok()
     }
 
     /// Where operators connect.
@@ -121,7 +112,7 @@ impl Gateway {
             listeners,
             admin,
             readiness,
-            sample_sinks,
+            samples,
         } = self;
         let (admin_end, admin_ended) = watch::channel(false);
         let admin = tokio::spawn(admin.run(admin_ended));
@@ -130,10 +121,10 @@ impl Gateway {
             checks.spawn(health::watch(Arc::clone(&shared), Arc::clone(upstream)));
             let metrics = shared.metrics.scrape(upstream.name());
             let scraper = Scraper::new(
-                shared.ids.gateway_id(),
+                shared.books.ids.gateway_id(),
                 upstream.config(),
                 metrics,
-                sample_sinks.clone(),
+                samples.clone(),
             );
             checks.spawn(scraper.run(shared.config.vllm.scrape_interval));
         }
@@ -153,6 +144,15 @@ impl Gateway {
         }
         Ok(cut_off)
     }
+}
+
+fn bind_for_clients(config: &Config) -> Result<Vec<TcpListener>, BindError> {
+    let count = match config.gateway.runtime {
+        RuntimeKind::Shared => NonZeroUsize::MIN,
+        RuntimeKind::PerCore => workers(config),
+    };
+    let setting = "gateway.listen or GATEWAY_LISTEN_ADDR";
+    net::bind_listeners(config.gateway.listen, "gateway", setting, count)
 }
 
 /// Starts what serves each listener; each tells in the end how many requests it had to cut off.

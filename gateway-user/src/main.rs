@@ -51,16 +51,17 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         .map(|upstream| format!("{} at {}", upstream.name, upstream.url))
         .collect();
     let store = StoreService::open(&config)?;
-    let sinks = store.as_ref().map(StoreService::events).into_iter().collect();
-    let sample_sinks = store.as_ref().map(StoreService::samples).into_iter().collect();
-    let gateway = Gateway::build(config, sinks)?.with_sample_sinks(sample_sinks);
+    let outlets = store.as_ref().map(StoreService::outlets).unwrap_or_default();
+    let capture = config.capture;
+    let gateway = Gateway::build(config, outlets)?;
     if let Some(store) = &store {
         gateway.metrics().show_store(store.counts())?;
     }
-    let (clients, admin) = (gateway.client_addr()?, gateway.admin_addr());
+    let clients = gateway.client_addr().map(|addr| addr.to_string());
+    let admin = gateway.admin_addr();
     gateway.runtime()?.block_on(async {
         let stop = stop_signal()?;
-        tracing::info!(%clients, %admin, upstreams = upstreams.join(", "), "gateway is up");
+        tracing::info!(%capture, clients, %admin, upstreams = upstreams.join(", "), "gateway is up");
         let program = std::env::current_exe().context("the program's own file is not known")?;
         let storing = store.map(|store| store.start(program, environment));
         let cut_off = gateway.run(stop).await?;

@@ -4,8 +4,8 @@ use super::Stop;
 use super::client::{Gone, Input, Reader};
 use super::recording::Recording;
 use super::refusal::Refusal;
+use crate::clock;
 use crate::config::ProxyConfig;
-use crate::proxy::clock::Clock;
 use crate::wire::Piece;
 use crate::wire::body::{BodyReader, Step};
 use crate::wire::head::Framing;
@@ -34,8 +34,6 @@ pub struct Receiver<'a, 'c> {
     pub limits: &'a ProxyConfig,
     /// Where the observer is.
     pub recording: &'a mut Recording,
-    /// Times of arrival.
-    pub clock: Clock,
 }
 
 impl Receiver<'_, '_> {
@@ -83,7 +81,7 @@ impl Receiver<'_, '_> {
         rest: &mut BodyReader,
         mut each: impl FnMut(&[u8]),
     ) -> Result<(), Refusal> {
-        let at = self.clock.now();
+        let at = clock::now();
         loop {
             match rest.next(&mut input).map_err(Refusal::Body)? {
                 Step::Data(payload) => {

@@ -40,8 +40,8 @@ mod journal;
 mod keeper;
 pub mod migrate;
 mod names;
+pub mod queue;
 mod recover;
-pub mod samples;
 mod scan;
 mod sealed;
 mod segment;
@@ -208,7 +208,7 @@ mod tests {
     use super::testing::{TempDir, begin};
     use super::*;
     use crate::config::{ByteSize, Fsync};
-    use crate::event::Context;
+    use crate::event::{CapturedBy, Context};
     use crate::wire::At;
     use crate::wire::exchange::{Ending, Facts};
 
@@ -237,11 +237,12 @@ mod tests {
             status: Some(200),
             error_type: None,
             gateway_overhead_us: None,
+            tap: None,
         };
         RequestEvent::new(
             context,
             Facts::unread(At(0), At(5_000), Ending::Complete),
-            "proxy",
+            CapturedBy::Proxy,
         )
     }
 
