@@ -11,5 +11,6 @@ pub mod metrics;
 pub mod net;
 pub mod proxy;
 pub mod store;
+pub mod tap;
 pub mod vllm;
 pub mod wire;

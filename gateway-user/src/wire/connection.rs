@@ -431,7 +431,8 @@ impl<T> Connection<T> {
             return;
         }
         self.opaque_bytes += len - payload + self.responses.head.len() as u64;
-        if matches!(self.responses.reading, Reading::Body(_)) {
+        let has_begun = matches!(self.responses.reading, Reading::Body(_));
+        if has_begun || begins_final_response(&self.responses.head) {
             self.end_first(at, Ending::Unseen, watcher);
         }
         self.responses.seek();
@@ -498,6 +499,11 @@ fn may_begin_response(bytes: &[u8]) -> bool {
     const START: &[u8] = b"HTTP/1.";
     let shorter = bytes.len().min(START.len());
     bytes[..shorter] == START[..shorter]
+}
+
+/// Whether bytes are the start of a response that is not an interim one.
+fn begins_final_response(bytes: &[u8]) -> bool {
+    may_begin_response(bytes) && matches!(bytes.get("HTTP/1.1 ".len()), Some(b'2'..=b'5'))
 }
 
 #[cfg(test)]
