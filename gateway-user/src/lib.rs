@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod net;
 pub mod proxy;
 pub mod store;
+pub mod tap;
 pub mod trace;
 pub mod vllm;
 pub mod wire;

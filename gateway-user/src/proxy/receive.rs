@@ -46,6 +46,11 @@ impl Receiver<'_, '_> {
         let (inspect_max, max_body) = (self.limits.inspect_max.as_len(), self.limits.max_body.as_len());
         let mut rest = BodyReader::new(framing);
         let mut body = Vec::new();
+        if rest.is_done()
+            && let Some(exchange) = self.recording.exchange()
+        {
+            exchange.request_end(self.clock.now());
+        }
         if let Framing::Length(bytes) = framing
             && bytes > inspect_max as u64
         {
@@ -86,12 +91,15 @@ impl Receiver<'_, '_> {
             match rest.next(&mut input).map_err(Refusal::Body)? {
                 Step::Data(payload) => {
                     if let Some(exchange) = self.recording.exchange() {
-                        exchange.request_body(at, Piece::Bytes(payload));
+                        exchange.request_body(Piece::Bytes(payload));
                     }
                     each(payload);
                 }
                 Step::More => return Ok(()),
                 Step::End => {
+                    if let Some(exchange) = self.recording.exchange() {
+                        exchange.request_end(at);
+                    }
                     self.reader.unread(input);
                     return Ok(());
                 }

@@ -173,7 +173,7 @@ impl Recording {
     pub fn tunnelled(&mut self, to_upstream: u64, to_client: u64) {
         let at = clock::now();
         if let Some(live) = &mut self.live {
-            live.exchange.request_body(at, Piece::Hole(to_upstream));
+            live.exchange.request_body(Piece::Hole(to_upstream));
             live.exchange.response_body(at, Piece::Hole(to_client));
         }
     }

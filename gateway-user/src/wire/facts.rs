@@ -127,6 +127,8 @@ pub struct Asked {
 pub struct Facts {
     /// First byte of the request's head.
     pub started: At,
+    /// Last byte of the request, be it of its head or of its body; `None` when it had not come before the end, or was not seen.
+    pub request_whole: Option<At>,
     /// The end, whatever it was.
     pub ended: At,
     /// The route.
@@ -170,6 +172,7 @@ impl Facts {
     pub fn unread(started: At, ended: At, ending: Ending) -> Facts {
         Facts {
             started,
+            request_whole: None,
             ended,
             endpoint: Endpoint::Other,
             asked: Asked::default(),
