@@ -6,7 +6,7 @@
 //! counted by its cause ([`stats`]).
 //!
 //! These parts are pure: no socket, no clock, and they compile on every system. Times are those of the segments and of
-//! [`Connections::tick`](connections::Connections::tick), all from one monotonic clock.
+//! [`Connections::tick`](connections::Connections::tick), all from one monotonic clock. What speaks with the kernel is for Linux alone.
 
 pub mod connections;
 mod held;
@@ -14,3 +14,20 @@ pub mod segment;
 pub mod stats;
 pub mod stream;
 mod table;
+
+#[cfg(target_os = "linux")]
+pub mod cgroup;
+#[cfg(target_os = "linux")]
+pub mod counters;
+#[cfg(target_os = "linux")]
+pub mod error;
+#[cfg(target_os = "linux")]
+pub mod link;
+#[cfg(target_os = "linux")]
+pub mod privileges;
+#[cfg(target_os = "linux")]
+pub mod probe;
+#[cfg(target_os = "linux")]
+mod record;
+#[cfg(target_os = "linux")]
+pub mod ring;
