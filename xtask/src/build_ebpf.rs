@@ -58,10 +58,26 @@ const FOR_DEBIAN: [Tool; 4] = [
 
 /// What it takes to build the linker for it.
 const FOR_DEBIANS_LINKER: [Tool; 4] = [
-    Tool::for_probe("LLVM 22", &["test", "-e", "/usr/lib/llvm-22/include/llvm-c/Core.h"], "llvm-22-dev"),
-    Tool::for_probe("Polly of LLVM 22", &["test", "-e", "/usr/lib/llvm-22/lib/libPolly.a"], "libpolly-22-dev"),
-    Tool::for_probe("zstd's headers", &["test", "-e", "/usr/include/zstd.h"], "libzstd-dev"),
-    Tool::for_probe("zlib's headers", &["test", "-e", "/usr/include/zlib.h"], "zlib1g-dev"),
+    Tool::for_probe(
+        "LLVM 22",
+        &["test", "-e", "/usr/lib/llvm-22/include/llvm-c/Core.h"],
+        "llvm-22-dev",
+    ),
+    Tool::for_probe(
+        "Polly of LLVM 22",
+        &["test", "-e", "/usr/lib/llvm-22/lib/libPolly.a"],
+        "libpolly-22-dev",
+    ),
+    Tool::for_probe(
+        "zstd's headers",
+        &["test", "-e", "/usr/include/zstd.h"],
+        "libzstd-dev",
+    ),
+    Tool::for_probe(
+        "zlib's headers",
+        &["test", "-e", "/usr/include/zlib.h"],
+        "zlib1g-dev",
+    ),
 ];
 
 /// Compiles the probe and puts it where the gateway takes it from.
@@ -76,9 +92,20 @@ pub fn run(root: &Path) -> Result<()> {
         .current_dir(root.join("gateway-ebpf"))
         // The project's own settings are for another target.
         .env("RUSTFLAGS", "-C debuginfo=0")
-        .args(["build", "--release", "--locked", "-Z", "build-std=core", "--target", TARGET]);
+        .args([
+            "build",
+            "--release",
+            "--locked",
+            "-Z",
+            "build-std=core",
+            "--target",
+            TARGET,
+        ]);
     stage::run(&mut build)?;
-    let built = root.join("gateway-ebpf/target").join(TARGET).join("release/gateway-ebpf");
+    let built = root
+        .join("gateway-ebpf/target")
+        .join(TARGET)
+        .join("release/gateway-ebpf");
     let object = fs::read(&built).with_context(|| format!("no object at {}", built.display()))?;
     fs::create_dir_all(root.join(OBJECT).parent().context("it is in a directory")?)?;
     fs::write(root.join(OBJECT), &object)?;
@@ -134,7 +161,12 @@ impl Toolchain {
                 command
             }
         };
-        for inherited in ["CARGO", "RUSTUP_TOOLCHAIN", "CARGO_TARGET_DIR", "CARGO_BUILD_TARGET_DIR"] {
+        for inherited in [
+            "CARGO",
+            "RUSTUP_TOOLCHAIN",
+            "CARGO_TARGET_DIR",
+            "CARGO_BUILD_TARGET_DIR",
+        ] {
             command.env_remove(inherited);
         }
         command
@@ -159,7 +191,11 @@ fn has_nightly_sources() -> bool {
 /// The text of the file of digests, as it would be written now.
 fn digests(root: &Path) -> Result<String> {
     let object = fs::read(root.join(OBJECT)).with_context(|| format!("no object at {OBJECT}"))?;
-    Ok(format!("{}  sources\n{}  object\n", digest_of_sources(root)?, hex(&Sha256::digest(object))))
+    Ok(format!(
+        "{}  sources\n{}  object\n",
+        digest_of_sources(root)?,
+        hex(&Sha256::digest(object))
+    ))
 }
 
 /// A digest of names, lengths and bytes of all sources.
