@@ -3,10 +3,12 @@
 use crate::admin::{AdminServer, Readiness, State};
 use crate::books::{Books, Outlets};
 use crate::config::{Capture, Config, RuntimeKind};
+use crate::correlate::Beside;
 use crate::event::{EventSink, Sinks};
 use crate::metrics::{Limits, Metrics, MetricsError};
 use crate::net::{self, BindError};
 use crate::proxy::{Shared, Worker, accept, health};
+use crate::tap::agent::{Agent, Source};
 use crate::vllm::{SampleSink, scrape::Scraper};
 use std::future::Future;
 use std::io;
@@ -38,18 +40,21 @@ pub struct Gateway {
     admin: AdminServer,
     readiness: Readiness,
     samples: Vec<Arc<dyn SampleSink>>,
+    tap: Option<Arc<Agent>>,
 }
 
 impl Gateway {
-    /// Binds the addresses of `config`; ended requests and the like go to `outlets` too.
+    /// A gateway behind `listeners`, as [`bind_for_clients`] makes them; binds the address for operators. `source` is the kernel probe,
+    /// where there is one: what it sees is booked like what passes through.
     ///
     /// # Errors
     /// [`StartError`], which names the address and who holds it.
-    pub fn build(config: Config, outlets: Outlets) -> Result<Gateway, StartError> {
-        let listeners = match config.capture {
-            Capture::Tap => Vec::new(),
-            _ => bind_for_clients(&config)?,
-        };
+    pub fn build(
+        config: Config,
+        listeners: Vec<TcpListener>,
+        outlets: Outlets,
+        source: Option<Box<dyn Source>>,
+    ) -> Result<Gateway, StartError> {
         let max_teams = config.metrics.max_teams as usize;
         let metrics = Metrics::new(Limits {
             max_teams,
@@ -59,12 +64,18 @@ impl Gateway {
         let admin = AdminServer::bind(config.admin.listen, metrics.clone(), readiness.clone())?;
         let own: Arc<dyn EventSink> = Arc::new(metrics.clone());
         let books = Books::new(&config, Sinks::new([own].into_iter().chain(outlets.events)));
+        let tap = source.map(|source| Arc::new(Agent::new(&config, source, &books, outlets.timings)));
+        if let Some(tap) = &tap {
+            metrics.show_tap(Arc::downgrade(tap))?;
+        }
+        let beside = tap.clone().map(|tap| tap as Arc<dyn Beside>);
         Ok(Gateway {
-            shared: Shared::new(config, metrics, books, None),
+            shared: Shared::new(config, metrics, books, beside),
             listeners,
             admin,
             readiness,
             samples: outlets.samples,
+            tap,
         })
     }
 
@@ -113,7 +124,9 @@ impl Gateway {
             admin,
             readiness,
             samples,
+            tap,
         } = self;
+        let tapping = tap.map(Agent::run).transpose()?;
         let (admin_end, admin_ended) = watch::channel(false);
         let admin = tokio::spawn(admin.run(admin_ended));
         let mut checks = tokio::task::JoinSet::new();
@@ -137,6 +150,10 @@ impl Gateway {
         for worker in serving {
             cut_off += worker.await.unwrap_or(0);
         }
+        // What the kernel has seen so far is booked before the sinks go.
+        if let Some(tapping) = tapping {
+            tapping.finish();
+        }
         // The admin server goes last, so that `/ready` and the last counts can be read until the end.
         admin_end.send_replace(true);
         if let Ok(ended) = admin.await {
@@ -146,7 +163,14 @@ impl Gateway {
     }
 }
 
-fn bind_for_clients(config: &Config) -> Result<Vec<TcpListener>, BindError> {
+/// Binds the address for clients, once for each worker that has a listener of its own. None without a proxy.
+///
+/// # Errors
+/// [`BindError`], which names the address and who holds it.
+pub fn bind_for_clients(config: &Config) -> Result<Vec<TcpListener>, BindError> {
+    if config.capture == Capture::Tap {
+        return Ok(Vec::new());
+    }
     let count = match config.gateway.runtime {
         RuntimeKind::Shared => NonZeroUsize::MIN,
         RuntimeKind::PerCore => workers(config),

@@ -4,15 +4,17 @@ use anyhow::Context;
 use clap::Parser;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
-use std::process::ExitCode;
+use std::os::unix::process::CommandExt;
+use std::process::{self, ExitCode};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
-use vllm_gateway::config::{Capture, Config, EXIT_CONFIG, LogConfig, LogFormat};
+use vllm_gateway::config::{Config, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::descriptors;
-use vllm_gateway::gateway::Gateway;
+use vllm_gateway::gateway::{self, Gateway};
 use vllm_gateway::store::embedded;
 use vllm_gateway::store::service::StoreService;
+use vllm_gateway::tap;
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
@@ -25,11 +27,16 @@ fn main() -> anyhow::Result<ExitCode> {
             start_log(&Config::default().log);
             embedded::run(&arguments, &environment)
         }
+        #[cfg(target_os = "linux")]
+        Command::TapAttacher => {
+            vllm_gateway::tap::attacher::serve().context("the kernel probe cannot be attached for anyone")?;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
 fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
-    let config = match source.load(&environment) {
+    let mut config = match source.load(&environment) {
         Ok(config) => config,
         Err(error) => {
             eprintln!("{error}");
@@ -37,13 +44,19 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         }
     };
     start_log(&config.log);
-    if matches!(config.capture, Capture::Tap | Capture::ProxyAndTap) {
-        eprintln!(
-            "capture: {} needs the kernel probe, which this build does not have; set `auto` or `proxy`",
-            config.capture
-        );
-        return Ok(ExitCode::from(EXIT_CONFIG));
-    }
+    let listeners = gateway::bind_for_clients(&config)?;
+    let program = std::env::current_exe().context("the program's own file is not known")?;
+    let mut helper = process::Command::new(&program);
+    // Ctrl-C is meant for the gateway, which still needs the probe while it drains.
+    helper.arg("tap-attacher").process_group(0);
+    // After that, since binding may take a privilege too, and before any thread is started: what is given up then, all threads must have.
+    let source = match tap::open(&mut config, helper) {
+        Ok(source) => source,
+        Err(error) => {
+            eprintln!("capture: {}: {error}", config.capture);
+            return Ok(ExitCode::from(EXIT_CONFIG));
+        }
+    };
     raise_descriptor_limit(config.proxy.max_connections);
     let upstreams: Vec<String> = config
         .upstreams
@@ -53,7 +66,7 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
     let store = StoreService::open(&config)?;
     let outlets = store.as_ref().map(StoreService::outlets).unwrap_or_default();
     let capture = config.capture;
-    let gateway = Gateway::build(config, outlets)?;
+    let gateway = Gateway::build(config, listeners, outlets, source)?;
     if let Some(store) = &store {
         gateway.metrics().show_store(store.counts())?;
     }
@@ -62,7 +75,6 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
     gateway.runtime()?.block_on(async {
         let stop = stop_signal()?;
         tracing::info!(%capture, clients, %admin, upstreams = upstreams.join(", "), "gateway is up");
-        let program = std::env::current_exe().context("the program's own file is not known")?;
         let storing = store.map(|store| store.start(program, environment));
         let cut_off = gateway.run(stop).await?;
         if let Some(storing) = storing {
@@ -124,7 +136,7 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            std::process::exit(130);
+            process::exit(130);
         });
     })
 }

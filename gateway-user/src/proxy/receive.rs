@@ -49,7 +49,7 @@ impl Receiver<'_, '_> {
         if rest.is_done()
             && let Some(exchange) = self.recording.exchange()
         {
-            exchange.request_end(self.clock.now());
+            exchange.request_end(clock::now());
         }
         if let Framing::Length(bytes) = framing
             && bytes > inspect_max as u64

@@ -144,6 +144,56 @@ impl Stats {
     }
 }
 
+/// What the probe counted of one direction since it was loaded. `payload_bytes` is always `submitted_bytes` plus `lost_bytes`, once no packet is under way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Packets with payload, SYN, FIN or RST.
+    pub packets: u64,
+    /// Their payload.
+    pub payload_bytes: u64,
+    /// Records in the ring, read or not.
+    pub submitted: u64,
+    /// Payload that they stand for.
+    pub submitted_bytes: u64,
+    /// Payload of lost records.
+    pub lost_bytes: u64,
+    /// Records lost because the ring was full.
+    pub lost_ring_full: u64,
+    /// Records lost because the kernel would not give their bytes.
+    pub lost_load_failed: u64,
+    /// Records lost because their segment was too long.
+    pub lost_too_long: u64,
+    /// TCP packets of any port that could not be understood; they are in no other count.
+    pub malformed: u64,
+}
+
+impl Totals {
+    /// Records lost, whatever the cause.
+    pub fn lost(&self) -> u64 {
+        self.lost_ring_full + self.lost_load_failed + self.lost_too_long
+    }
+}
+
+/// What was counted between the kernel and the reader of the ring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProbeTotals {
+    /// Of what goes to servers.
+    pub ingress: Totals,
+    /// Of what comes from them.
+    pub egress: Totals,
+    /// Records that did not keep to the layout. Anything but 0 is a fault of the probe.
+    pub unreadable: u64,
+    /// Level: whether the probe is where the servers' sockets are, as far as that is known.
+    pub is_in_place: bool,
+}
+
+impl ProbeTotals {
+    /// Records that never came to be segments, whatever the cause.
+    pub fn lost(&self) -> u64 {
+        self.ingress.lost() + self.egress.lost() + self.unreadable
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

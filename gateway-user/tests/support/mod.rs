@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use vllm_gateway::books::Outlets;
 use vllm_gateway::config::Config;
 use vllm_gateway::event::{EventSink, RequestEvent};
-use vllm_gateway::gateway::Gateway;
+use vllm_gateway::gateway::{self, Gateway};
 
 pub mod upstream;
 
@@ -140,7 +140,8 @@ impl TestGateway {
             events: vec![Arc::clone(&events) as Arc<dyn EventSink>],
             ..Outlets::default()
         };
-        let gateway = Gateway::build(config, outlets).expect("it starts");
+        let listeners = gateway::bind_for_clients(&config).expect("a free port");
+        let gateway = Gateway::build(config, listeners, outlets, None).expect("it starts");
         let (addr, admin) = (gateway.client_addr().expect("an address"), gateway.admin_addr());
         let (stop, stopped) = oneshot::channel();
         let running = std::thread::spawn(move || {

@@ -222,9 +222,12 @@ fn a_connection_lives_from_its_first_syn_to_its_last_fin() {
     assert_eq!(net.ended()[2..], [("/c", Outcome::Completed)]);
 }
 
+/// A response, who closes (and whether by a reset), and what that comes to.
+type Close<'c> = (&'c str, &'c [(Direction, bool)], Outcome);
+
 #[test]
 fn who_ends_the_connection_decides_how_an_exchange_ended() {
-    let cases: [(&str, &[(Direction, bool)], Outcome); 8] = [
+    let cases: [Close<'_>; 8] = [
         (CHUNKED, &[(ToClient, false)], Outcome::Truncated),
         (CHUNKED, &[(ToClient, true)], Outcome::Truncated),
         (CHUNKED, &[(ToServer, true)], Outcome::Aborted),
