@@ -296,8 +296,8 @@ mod kernel {
         assert!(stage.seen.is_empty(), "{:?}", stage.seen);
     }
 
-    /// A server in a cgroup of its own, and a tap of another process on it.
-    fn tapped(reattach: bool) -> (Actor, Actor, SocketAddr, TestCgroup) {
+    /// A server in a cgroup of its own, and a tap of another process on it. The cgroup comes first, to be dropped last.
+    fn tapped(reattach: bool) -> (TestCgroup, Actor, Actor, SocketAddr) {
         let cgroup = TestCgroup::make();
         let mut server = Actor::start("server", Some(&cgroup));
         let port: u16 = server.ask("listen 127.0.0.1").parse().expect("a port");
@@ -306,7 +306,7 @@ mod kernel {
             tap.ask(&format!("open {port} {reattach}")),
             format!("{} Listener", cgroup.path().display())
         );
-        (server, tap, SocketAddr::from(([127, 0, 0, 1], port)), cgroup)
+        (cgroup, server, tap, SocketAddr::from(([127, 0, 0, 1], port)))
     }
 
     fn check_seen(server: &mut Actor, tap: &mut Actor, addr: SocketAddr) {
@@ -326,7 +326,7 @@ mod kernel {
     }
 
     fn check_kill(reattach: bool) {
-        let (mut server, mut tap, addr, cgroup) = tapped(reattach);
+        let (cgroup, mut server, mut tap, addr) = tapped(reattach);
         check_seen(&mut server, &mut tap, addr);
         assert_eq!(cgroup.attached(), [1, 1]);
         tap.kill();
@@ -343,7 +343,7 @@ mod kernel {
 
     fn capabilities_are_gone_and_all_goes_on() {
         for reattach in [false, true] {
-            let (mut server, mut tap, addr, _cgroup) = tapped(reattach);
+            let (_cgroup, mut server, mut tap, addr) = tapped(reattach);
             // All but CAP_DAC_OVERRIDE, by which root reaches its own directories whoever owns them.
             assert_eq!(tap.ask("capabilities"), "2 2 0 0");
             let refused = tap.ask("open 1 false");
@@ -356,7 +356,7 @@ mod kernel {
     }
 
     fn a_server_that_comes_back_in_another_cgroup_is_followed() {
-        let (server, mut tap, addr, cgroup) = tapped(true);
+        let (cgroup, server, mut tap, addr) = tapped(true);
         assert_eq!(tap.ask("check"), "None");
         drop(server);
         drop(cgroup);
@@ -376,7 +376,7 @@ mod kernel {
     }
 
     fn without_a_helper_a_server_that_moved_is_noticed() {
-        let (server, mut tap, addr, cgroup) = tapped(false);
+        let (cgroup, server, mut tap, addr) = tapped(false);
         assert_eq!(tap.ask("check"), "None");
         drop(server);
         drop(cgroup);
@@ -387,12 +387,11 @@ mod kernel {
     }
 
     fn a_socket_stays_in_the_cgroup_in_which_it_was_made() {
-        let (mut server, mut tap, addr, _cgroup) = tapped(true);
         let elsewhere = TestCgroup::make();
+        let (_cgroup, mut server, mut tap, addr) = tapped(true);
         std::fs::write(elsewhere.path().join("cgroup.procs"), server.pid().to_string()).expect("it moves");
         assert_eq!(tap.ask("check"), "None");
         check_seen(&mut server, &mut tap, addr);
-        drop(server);
     }
 
     const TESTS: &[(&str, fn())] = &[
