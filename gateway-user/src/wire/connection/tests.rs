@@ -325,7 +325,10 @@ fn a_response_of_which_the_head_is_lost_is_not_taken_for_its_successor() {
 
 #[test]
 fn a_response_whose_head_has_begun_takes_the_hole_behind_it() {
-    for (head, outcome) in [("HTTP/1.1 2", Outcome::Completed), ("HTTP/1.1 ", Outcome::Incomplete)] {
+    for (head, outcome) in [
+        ("HTTP/1.1 2", Outcome::Completed),
+        ("HTTP/1.1 ", Outcome::Incomplete),
+    ] {
         let mut watched = Watched::new();
         watched.client(&get("/a")).server(head).client(&get("/b"));
         watched.feed(Direction::ToClient, Piece::Hole(9)).server(OK);
