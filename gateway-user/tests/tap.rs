@@ -230,7 +230,8 @@ fn whole_talks() -> Vec<Talk> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+    // Each case goes through all captures.
+    #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
 
     #[test]
     fn segments_say_what_their_bytes_do(network in networks(), isns in isns()) {
@@ -250,6 +251,9 @@ proptest! {
         }
     }
 
+}
+
+proptest! {
     #[test]
     fn a_loss_costs_the_exchange_that_it_hits_and_never_makes_facts_up(
         network in networks(),
