@@ -160,12 +160,11 @@ mod tests {
     }
 
     fn told(held: &Held) -> Vec<(u64, u64, u64, Option<&str>)> {
-        let text = |seen: &Option<Box<[u8]>>| seen.as_ref().map(|_| ()).is_some();
         held.runs
             .iter()
             .map(|run| {
-                assert!(!text(&run.seen) || run.seen.as_ref().unwrap().len() as u64 == run.end - run.start);
                 let seen = run.seen.as_deref().map(|seen| std::str::from_utf8(seen).unwrap());
+                assert!(seen.is_none_or(|seen| seen.len() as u64 == run.end - run.start));
                 (run.start, run.end, run.at.0, seen)
             })
             .collect()

@@ -106,6 +106,26 @@ impl Side {
         self.head = Vec::new();
     }
 
+    /// While a head is sought, forgets what looked like the start of one and is none together with `input`, which may begin with one itself.
+    /// How many bytes that were.
+    fn forget_unless(&mut self, may_begin: fn(&[u8]) -> bool, input: &[u8]) -> u64 {
+        // Longer than any method with the byte behind its space, and than `HTTP/1.`: beyond that it is settled.
+        const UNSETTLED_BYTES_MAX: usize = 16;
+        let held = self.head.len();
+        if !matches!(self.reading, Reading::Seeking) || held == 0 || held > UNSETTLED_BYTES_MAX {
+            return 0;
+        }
+        let mut start = [0; 2 * UNSETTLED_BYTES_MAX];
+        let more = input.len().min(UNSETTLED_BYTES_MAX);
+        start[..held].copy_from_slice(&self.head);
+        start[held..held + more].copy_from_slice(&input[..more]);
+        if may_begin(&start[..held + more]) {
+            return 0;
+        }
+        self.head = Vec::new();
+        held as u64
+    }
+
     /// How many bytes of a hole are payload for certain.
     fn take_hole(&mut self, len: u64) -> u64 {
         match &mut self.reading {
@@ -278,8 +298,13 @@ impl<T> Connection<T> {
     fn request_head<W: Watcher<Tag = T>>(&mut self, at: At, input: &mut &[u8], watcher: &mut W) -> bool {
         let side = &mut self.requests;
         let is_found_anew = matches!(side.reading, Reading::Seeking);
+        let may_begin = match is_found_anew {
+            true => may_begin_known_request,
+            false => may_begin_request,
+        };
+        self.opaque_bytes += side.forget_unless(may_begin, input);
         let is_whole = side.gather(at, input, self.limits.head_bytes);
-        if !may_begin_request(&side.head) {
+        if !may_begin(&side.head) {
             return false;
         }
         if !is_whole {
@@ -389,6 +414,7 @@ impl<T> Connection<T> {
             return false;
         };
         let side = &mut self.responses;
+        self.opaque_bytes += side.forget_unless(may_begin_response, input);
         let is_whole = side.gather(at, input, self.limits.head_bytes);
         if !may_begin_response(&side.head) {
             return false;
@@ -492,6 +518,24 @@ fn may_begin_request(bytes: &[u8]) -> bool {
         [b' ', first, ..] => method_len >= 3 && (*first == b'/' || first.eq_ignore_ascii_case(&b'h')),
         _ => false,
     }
+}
+
+/// Whether bytes could be the start of a request with a usual method. Where a head is sought among other bytes, a word and a slash are not enough.
+fn may_begin_known_request(bytes: &[u8]) -> bool {
+    const STARTS: [&[u8]; 7] = [
+        b"GET ",
+        b"POST ",
+        b"HEAD ",
+        b"OPTIONS ",
+        b"PUT ",
+        b"DELETE ",
+        b"PATCH ",
+    ];
+    let begins = |start: &&[u8]| {
+        let shorter = bytes.len().min(start.len());
+        bytes[..shorter] == start[..shorter]
+    };
+    STARTS.iter().any(begins) && may_begin_request(bytes)
 }
 
 /// Whether bytes could be the start of a response.

@@ -209,7 +209,7 @@ impl Exchange {
     pub fn finish(mut self, at: At, ending: Ending) -> Facts {
         // A stream of which events are missing is no stream that was seen whole. Of a document only values are, and those are empty.
         let is_stream_damaged = self.has_hole && matches!(self.body, Body::Events(_));
-        let is_complete = ending == Ending::Complete;
+        let (is_complete, is_cut) = (ending == Ending::Complete, ending == Ending::Unseen);
         let ending = match ending {
             Ending::Complete if is_stream_damaged => Ending::Unseen,
             ending => ending,
@@ -225,7 +225,7 @@ impl Exchange {
             }
             _ => {}
         }
-        let (tokens, usage_source) = self.tokens();
+        let (tokens, usage_source) = self.tokens(is_cut);
         let asked = self.request.into_asked();
         Facts {
             started: self.started,
@@ -251,7 +251,8 @@ impl Exchange {
         }
     }
 
-    fn tokens(&self) -> (Tokens, UsageSource) {
+    /// The counts, and where they come from. Where the end was not seen (`is_cut`), the last usage that was may be long out of date.
+    fn tokens(&self, is_cut: bool) -> (Tokens, UsageSource) {
         if self.status.is_none_or(|status| status >= 400) {
             return (Tokens::default(), UsageSource::None);
         }
@@ -259,6 +260,10 @@ impl Exchange {
             return (usage.tokens(self.choices_per_prompt()), UsageSource::Reported);
         }
         let running = self.counts.running.tokens(self.spread());
+        let running = match is_cut {
+            true => running.input_only(),
+            false => running,
+        };
         let started = self.counts.start.map(|usage| usage.tokens(Some(1)));
         let known = [Some(running), started].into_iter().flatten();
         match known.into_iter().find(|tokens| *tokens != Tokens::default()) {

@@ -78,6 +78,18 @@ pub struct Tokens {
     pub engine_completion: Option<u64>,
 }
 
+impl Tokens {
+    /// Without what was generated.
+    pub(super) fn input_only(self) -> Tokens {
+        Tokens {
+            prompt: self.prompt,
+            cached: self.cached,
+            engine_prompt: self.engine_prompt,
+            ..Tokens::default()
+        }
+    }
+}
+
 /// Upper bounds of the buckets of [`Gaps::buckets`], in microseconds; one more bucket holds what is above the last.
 pub const GAP_BOUNDS_US: [u64; 16] = [
     1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 75_000, 100_000, 150_000, 200_000, 300_000, 400_000,

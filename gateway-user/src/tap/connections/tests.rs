@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::wire::exchange::Outcome;
+use Direction::{ToClient, ToServer};
 use proptest::prelude::*;
 use std::collections::HashMap;
 
@@ -190,7 +191,6 @@ fn post(path: &str, body: &str) -> String {
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}";
 const CHUNKED: &str = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
 const UNTIL_CLOSE: &str = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nall of it";
-use Direction::{ToClient, ToServer};
 
 #[test]
 fn a_connection_lives_from_its_first_syn_to_its_last_fin() {
@@ -222,12 +222,11 @@ fn a_connection_lives_from_its_first_syn_to_its_last_fin() {
     assert_eq!(net.ended()[2..], [("/c", Outcome::Completed)]);
 }
 
-/// A response, who closes (and whether by a reset), and what that comes to.
-type Close<'c> = (&'c str, &'c [(Direction, bool)], Outcome);
-
 #[test]
 fn who_ends_the_connection_decides_how_an_exchange_ended() {
-    let cases: [Close<'_>; 8] = [
+    /// Who ends it, and whether by a reset.
+    type Ends<'a> = &'a [(Direction, bool)];
+    let cases: [(&str, Ends<'_>, Outcome); 8] = [
         (CHUNKED, &[(ToClient, false)], Outcome::Truncated),
         (CHUNKED, &[(ToClient, true)], Outcome::Truncated),
         (CHUNKED, &[(ToServer, true)], Outcome::Aborted),

@@ -439,6 +439,25 @@ fn a_connection_seen_from_its_middle_waits_for_a_request() {
 }
 
 #[test]
+fn what_only_looked_like_a_head_does_not_hide_the_next_one() {
+    for (late, at_end) in [
+        ("rest of a PROMPT", "T"),
+        ("x", "POST"),
+        ("OST /b HTTP/1.1\r\nHost: a\r\n\r\n", "GET"),
+    ] {
+        let mut watched = Watched::new();
+        watched
+            .client(late)
+            .client(at_end)
+            .client("P")
+            .client(&post("/a", "Content-Length: 0")[1..]);
+        watched.server("late").server("H").server(OK);
+        assert_eq!(watched.ended(), [("/a", Outcome::Completed)], "{late}");
+        assert_eq!(watched.0.opaque_bytes(), (late.len() + at_end.len() + 5) as u64);
+    }
+}
+
+#[test]
 fn other_protocols_are_opaque() {
     for bytes in [
         "\u{16}\u{3}\u{1}\u{2}",

@@ -626,3 +626,17 @@ fn a_request_is_whole_when_it_is_first_said_to_be() {
     exchange.request_end(At(6));
     assert_eq!(exchange.finish(At(9), Ending::Unseen).request_whole, Some(At(5)));
 }
+
+#[test]
+fn where_the_end_was_not_seen_the_last_usage_is_no_usage() {
+    let chunk = choice_usage(0, 4, 8);
+    let facts = stream(CHAT, "{}", &[&chunk], Ending::Unseen);
+    assert_eq!((facts.tokens.prompt, facts.tokens.completion), (Some(4), None));
+    assert_eq!(facts.usage_source, UsageSource::Counted);
+    let last = r#"{"choices":[],"usage":{"prompt_tokens":4,"completion_tokens":9}}"#;
+    let facts = stream(CHAT, "{}", &[&chunk, last], Ending::Unseen);
+    assert_eq!(
+        (facts.tokens.completion, facts.usage_source),
+        (Some(9), UsageSource::Reported)
+    );
+}
