@@ -17,6 +17,7 @@ mod test;
 mod test_kernels;
 mod tidy;
 mod tools;
+mod watched;
 
 use std::path::Path;
 

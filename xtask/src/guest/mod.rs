@@ -11,7 +11,6 @@
 
 mod initramfs;
 pub mod kernel;
-mod machine;
 
 use std::fs;
 use std::net::SocketAddr;
@@ -23,14 +22,17 @@ use anyhow::{Context, Result, ensure};
 
 use self::initramfs::Initramfs;
 use self::kernel::Kernel;
-pub use self::machine::{Machine, Outcome};
 use crate::tools;
+use crate::watched::{Watched, last_words};
 
 /// What the disk and the network of every guest need.
 const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_net", "ext4"];
 
 /// What the guest's root holds before anything is put there.
 const DIRECTORIES: [&str; 6] = ["dev", "proc", "sys", "tmp", "bin", "data"];
+
+/// What stands before the exit code on the console, and on no line that a kernel or a program writes by itself.
+const EXIT_MARK: &str = "@@guest-exit ";
 
 /// The guest's own address in QEMU's user network.
 const GUEST_ADDRESS: &str = "10.0.2.15";
@@ -65,7 +67,48 @@ pub fn run_in_guest(kernel: &Kernel, programs: &[PathBuf], script: &str, limit: 
         forward: None,
     };
     let scratch = Scratch::new("guest")?;
-    guest.boot(scratch.path(), limit)?.finish()
+    Outcome::of(guest.boot(scratch.path(), limit)?)
+}
+
+/// How a guest ended by itself.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What its script ended with.
+    pub exit_code: i32,
+    /// All that it said.
+    pub console: String,
+    /// From the start of QEMU to its end.
+    pub took: Duration,
+}
+
+impl Outcome {
+    /// Waits for the end of a guest.
+    ///
+    /// # Errors
+    /// When it does not end within its time, or without an exit code, as after a panic. The end of its console is in the message.
+    pub fn of(guest: Watched) -> Result<Outcome> {
+        let ended = guest.finish()?;
+        let exit_code = exit_code_in(&ended.said).with_context(|| {
+            format!(
+                "the guest ended without an exit code (QEMU: {}); {}",
+                ended.status,
+                last_words(&ended.said)
+            )
+        })?;
+        Ok(Outcome {
+            exit_code,
+            console: ended.said,
+            took: ended.took,
+        })
+    }
+}
+
+fn exit_code_in(console: &str) -> Option<i32> {
+    let line = console
+        .lines()
+        .rev()
+        .find_map(|line| line.strip_prefix(EXIT_MARK))?;
+    line.trim().parse().ok()
 }
 
 /// A machine to be.
@@ -102,11 +145,11 @@ impl Guest<'_> {
     ///
     /// # Errors
     /// When a program or a module is missing, or QEMU cannot be started.
-    pub fn boot(&self, scratch: &Path, limit: Duration) -> Result<Machine> {
+    pub fn boot(&self, scratch: &Path, limit: Duration) -> Result<Watched> {
         let initramfs = scratch.join("initramfs");
         fs::write(&initramfs, self.initramfs()?)
             .with_context(|| format!("cannot write {}", initramfs.display()))?;
-        Machine::start(self.qemu(&initramfs)?, limit)
+        Watched::start("guest", self.qemu(&initramfs)?, limit)
     }
 
     fn initramfs(&self) -> Result<Vec<u8>> {
@@ -177,7 +220,6 @@ impl LoggedDisk {
 
 /// The guest's first process: mounts, modules, network, the script, the end.
 fn init(load_modules: &str) -> String {
-    let mark = machine::EXIT_MARK;
     format!(
         "#!/bin/busybox sh\n\
          /bin/busybox --install -s /bin\n\
@@ -190,7 +232,7 @@ fn init(load_modules: &str) -> String {
          ip address add {GUEST_ADDRESS}/24 dev eth0\n\
          ip link set eth0 up\n\
          sh /script\n\
-         echo \"{mark}$?\"\n\
+         echo \"{EXIT_MARK}$?\"\n\
          poweroff -f\n"
     )
 }
@@ -219,5 +261,36 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    fn ended(script: &str) -> Result<Outcome> {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        Outcome::of(Watched::start("guest", command, Duration::from_secs(60))?)
+    }
+
+    #[test]
+    fn a_guest_s_exit_code_is_what_its_script_ended_with() {
+        let outcome = ended("echo up; echo '@@guest-exit 3'; echo '[ 2.1] reboot: Power down'");
+        let outcome = outcome.expect("it says how it ended");
+        assert_eq!(outcome.exit_code, 3);
+        assert!(outcome.console.starts_with("up\n"), "{}", outcome.console);
+    }
+
+    #[test]
+    fn a_guest_that_panics_has_no_exit_code_and_its_last_words_are_shown() {
+        let error = ended("echo Kernel panic; exit 1").expect_err("it does not say how it ended");
+        let text = error.to_string();
+        assert!(
+            text.contains("without an exit code") && text.contains("  Kernel panic\n"),
+            "{text}"
+        );
     }
 }
