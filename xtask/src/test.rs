@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::stage::{self, Stages};
-use crate::{clickhouse, tools};
+use crate::{clickhouse, guest, power_cut, test_kernels, tools};
 
 /// Runs all stages in the workspace at `root`.
 ///
@@ -42,6 +42,11 @@ pub fn run(root: &Path) -> Result<()> {
         "doc tests",
         &mut cargo(&["test", "--workspace", "--locked", "--doc"]),
     )?;
+    let kernels = guest::kernels()?;
+    if let Some(oldest) = kernels.first() {
+        stages.time("kernels", || test_kernels::on(&kernels, root))?;
+        stages.time("power cut", || power_cut::with(oldest, root))?;
+    }
     println!("\n{stages}\n── tests (their seconds are in their own results)");
     stage::run(&mut cargo(&tests))
 }

@@ -5,12 +5,13 @@
 //! since the programs are those that were built here.
 //!
 //! ```text
-//! let kernel = kernel::of_series("6.1")?…;
-//! let outcome = run_in_guest(&kernel, &[program], "program --check", Duration::from_secs(60))?;
+//! for kernel in guest::kernels()? {
+//!     let outcome = run_in_guest(&kernel, &[program], "program --check", Duration::from_secs(60))?;
+//! }
 //! ```
 
 mod initramfs;
-pub mod kernel;
+mod kernel;
 
 use std::fs;
 use std::net::SocketAddr;
@@ -21,7 +22,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use self::initramfs::Initramfs;
-use self::kernel::Kernel;
+pub use self::kernel::Kernel;
 use crate::tools;
 use crate::watched::{Watched, last_words};
 
@@ -37,19 +38,21 @@ const EXIT_MARK: &str = "@@guest-exit ";
 /// The guest's own address in QEMU's user network.
 const GUEST_ADDRESS: &str = "10.0.2.15";
 
-/// Makes sure that guests can run here: tells whether they can, and if not, why, on standard output.
+/// The kernels that guests can boot here, after installing what is needed for it. Says on standard output why there are none.
 ///
 /// # Errors
-/// When QEMU was to be installed and could not be.
-pub fn ensure_possible() -> Result<bool> {
+/// When something was to be installed or fetched and could not be.
+pub fn kernels() -> Result<Vec<Kernel>> {
     if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
-        println!(
-            "guests run on x86-64 Linux only, since they run the programs that were built here: left out"
-        );
-        return Ok(false);
+        println!("guests run on x86-64 Linux only, since they run the programs that were built here");
+        return Ok(Vec::new());
     }
     tools::ensure_installed(&tools::FOR_GUESTS)?;
-    Ok(tools::FOR_GUESTS.iter().all(|tool| tool.works()))
+    if tools::FOR_GUESTS.iter().all(|tool| tool.works()) {
+        kernel::all()
+    } else {
+        Ok(Vec::new())
+    }
 }
 
 /// Boots `kernel`, runs `script` with `programs` on its path, and waits for its end.

@@ -31,7 +31,7 @@ use self::disk::{Unflushed, WriteLog};
 use self::recovery::{GATEWAY_ID, IS_UP};
 use self::verdict::{Moment, Taken, judge};
 use crate::bench::process::free_addr;
-use crate::guest::{self, Guest, LoggedDisk, Scratch, kernel};
+use crate::guest::{self, Guest, Kernel, LoggedDisk, Scratch};
 use crate::{dev, stage};
 
 /// Room for the journal of ext4, the gateway's own of 4 MiB, and some seconds of rows.
@@ -104,19 +104,26 @@ struct Cut {
     log: WriteLog,
 }
 
-/// Runs all rounds, after building the programs.
+/// Runs all rounds on the oldest kernel, after building the programs.
 ///
 /// # Errors
-/// When a guest cannot be run, or more was lost than a policy says.
+/// When no guest can run here, or more was lost than a policy says.
 pub fn run(root: &Path) -> Result<()> {
-    ensure!(
-        guest::ensure_possible()?,
-        "no guest can run here; the reason is above"
-    );
+    let kernels = guest::kernels()?;
+    let oldest = kernels
+        .first()
+        .context("no guest can run here; the reason is above")?;
+    with(oldest, root)
+}
+
+/// As [`run`], with this kernel.
+///
+/// # Errors
+/// As above.
+pub fn with(kernel: &Kernel, root: &Path) -> Result<()> {
     stage::run(stage::cargo(root).args(["build", "--locked", "--package", "gateway-user", "--bins"]))?;
     let started = Instant::now();
     let programs = dev::target_directory()?.join("debug");
-    let kernel = kernel::all()?.into_iter().next().context("there is a kernel")?;
     let scratch = Scratch::new("power-cut")?;
     let empty = scratch.path().join("empty.img");
     disk::make(&empty, DISK_BYTES)?;
@@ -154,8 +161,8 @@ pub fn run(root: &Path) -> Result<()> {
     Ok(())
 }
 
-struct Test {
-    kernel: kernel::Kernel,
+struct Test<'k> {
+    kernel: &'k Kernel,
     gateway: PathBuf,
     sim: PathBuf,
     scratch: Scratch,
@@ -163,7 +170,7 @@ struct Test {
     empty: PathBuf,
 }
 
-impl Test {
+impl Test<'_> {
     /// Boots a guest, has it serve clients, and cuts its power.
     fn cut(&self, round: &Round) -> Result<Cut> {
         let disk = LoggedDisk {
@@ -179,7 +186,7 @@ impl Test {
         );
         let config = round.config();
         let guest = Guest {
-            kernel: &self.kernel,
+            kernel: self.kernel,
             programs: &[self.gateway.clone(), self.sim.clone()],
             files: &[("config.yaml", &config)],
             script: &script,
