@@ -23,8 +23,8 @@
 //! * `off`: whatever the kernel had not written by itself, on Linux mostly the last 30 s, of sealed files too; rows of the last
 //!   seconds may come up as `gateway_crash` although they had ended, even if they were stored (the store must let any other row of the
 //!   same event win over such a one).
-//! * `interval`: rows that ended within the last `fsync_interval`, plus the time of one flush. A request whose end was taken, but
-//!   whose begin was flushed, comes up as `gateway_crash`.
+//! * `interval`: rows that ended within the last `fsync_interval`, plus the time of one flush, or of two when a file is sealed just
+//!   then. A request whose end was taken, but whose begin was flushed, comes up as `gateway_crash`.
 //! * `each`: nothing whose end a client saw, if the caller waits for the [`Ticket`]. Begins are flushed at the interval.
 //!
 //! Rows are validated when they are read back, since a power loss can leave zeros in place of any page.

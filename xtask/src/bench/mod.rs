@@ -2,7 +2,7 @@
 
 mod contender;
 mod load;
-mod process;
+pub mod process;
 mod proxy;
 mod report;
 

@@ -4,7 +4,7 @@
 //! down again at Ctrl-C, after `--for`, or when a process dies. What stays is a directory in Cargo's target directory: `dev`, or
 //! `dev-<port base>`, with a log for each process, the spool, and Prometheus's data.
 
-mod children;
+pub mod children;
 mod duration;
 mod http;
 mod ports;
@@ -17,7 +17,6 @@ mod state;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -111,7 +110,7 @@ pub fn run(root: &Path, options: &Options) -> Result<()> {
 }
 
 /// Where Cargo builds: this program stands in a directory of it that is named after the profile.
-fn target_directory() -> Result<PathBuf> {
+pub fn target_directory() -> Result<PathBuf> {
     let xtask = env::current_exe().context("cannot tell where this program stands")?;
     let target = xtask.parent().and_then(Path::parent);
     target
@@ -161,10 +160,8 @@ fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result
 }
 
 fn build(root: &Path, release: bool) -> Result<()> {
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command
-        .current_dir(root)
-        .args(["build", "--locked", "--package", "gateway-user", "--bins"]);
+    let mut command = stage::cargo(root);
+    command.args(["build", "--locked", "--package", "gateway-user", "--bins"]);
     if release {
         command.arg("--release");
     }
