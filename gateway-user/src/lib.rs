@@ -10,6 +10,7 @@ pub mod identity;
 pub mod metrics;
 pub mod net;
 pub mod proxy;
+pub mod report;
 pub mod store;
 pub mod vllm;
 pub mod wire;
