@@ -277,8 +277,8 @@ async fn figures_are_those_computed_by_hand_in_all_three_formats_and_doubled_row
         "{lines:?}"
     );
     assert!(
-        text(&csv.stderr).starts_with("no rows wait"),
-        "what they lack stands beside them"
+        text(&csv.stderr).starts_with("unknown, for there is no spool in spool"),
+        "what they lack stands beside them, and unknown is not none"
     );
 
     let table = text(&installed.report(&DAY).stdout);
@@ -299,7 +299,7 @@ async fn figures_are_those_computed_by_hand_in_all_three_formats_and_doubled_row
         table.contains("ended from 2026-11-24T00:00:00Z until before 2026-11-25T00:00:00Z"),
         "{table}"
     );
-    assert!(table.contains("The tokens of 2 requests"), "{table}");
+    assert!(table.contains("worked on them: 2."), "{table}");
     installed.finish().await;
 }
 
@@ -397,7 +397,7 @@ async fn what_waits_in_the_spool_is_said() {
         .spool()
         .quarantine(&batch, &[1], "a reason")
         .expect("it is put aside");
-    let waiting = Waiting::below(&spool.dir).expect("it looks");
+    let waiting = Waiting::below(&spool.dir).expect("it looks").expect("a spool");
     let report = installed.json(&DAY);
     assert_eq!(
         (
@@ -415,7 +415,7 @@ async fn what_waits_in_the_spool_is_said() {
     );
     let table = text(&installed.report(&DAY).stdout);
     assert!(
-        table.contains("Not in it: 2 rows (") && table.contains("1 rows are in quarantine"),
+        table.contains("to be stored: 2 (batches: 1,") && table.contains("in quarantine: 1."),
         "{table}"
     );
     drop(store);

@@ -30,14 +30,7 @@ pub fn print(report: &Report) -> String {
             .map(|group| lines(&group.keys, &group.figures))
             .collect(),
         total: lines(&[], &report.figures.total),
-        spool: SpoolObject {
-            dir: report.spool_dir.display().to_string(),
-            rows: report.waiting.rows,
-            bytes: report.waiting.bytes,
-            batches: report.waiting.batches,
-            oldest_age_s: report.oldest_age_s(),
-            quarantined_rows: report.waiting.quarantined_rows,
-        },
+        spool: SpoolObject::of(report),
     };
     // Texts and numbers with names that are texts: there is nothing in it that JSON cannot say.
     serde_json::to_string_pretty(&document).unwrap_or_default() + "\n"
@@ -58,11 +51,25 @@ struct Document {
 #[derive(Serialize)]
 struct SpoolObject {
     dir: String,
-    rows: u64,
-    bytes: u64,
-    batches: u64,
+    rows: Option<u64>,
+    bytes: Option<u64>,
+    batches: Option<u64>,
     oldest_age_s: Option<f64>,
-    quarantined_rows: u64,
+    quarantined_rows: Option<u64>,
+}
+
+impl SpoolObject {
+    fn of(report: &Report) -> SpoolObject {
+        let waiting = report.waiting.as_ref();
+        SpoolObject {
+            dir: report.spool_dir.display().to_string(),
+            rows: waiting.map(|waiting| waiting.rows),
+            bytes: waiting.map(|waiting| waiting.bytes),
+            batches: waiting.map(|waiting| waiting.batches),
+            oldest_age_s: report.oldest_age_s(),
+            quarantined_rows: waiting.map(|waiting| waiting.quarantined_rows),
+        }
+    }
 }
 
 /// An object whose members keep their order.

@@ -83,7 +83,8 @@ struct Report {
     by: Vec<Dimension>,
     figures: GroupedFigures,
     spool_dir: PathBuf,
-    waiting: Waiting,
+    /// `None` when there is no spool to look into.
+    waiting: Option<Waiting>,
     /// When it was looked at, microseconds since 1970.
     now_us: i64,
 }
@@ -177,34 +178,31 @@ async fn gather(arguments: &ReportArgs, config: &Config) -> Result<Report, Repor
 impl Report {
     /// What is not in the figures, as far as this host can tell.
     fn lacks(&self) -> String {
+        let dir = self.spool_dir.display();
+        let Some(waiting) = &self.waiting else {
+            return format!(
+                "unknown, for there is no spool in {dir}: ask on the gateway's host, in its directory, or set spool.dir (SPOOL_DIR)"
+            );
+        };
         let Waiting {
             rows,
             bytes,
             batches,
             quarantined_rows,
             ..
-        } = self.waiting;
-        let dir = self.spool_dir.display();
-        let waits = match self.oldest_age_s() {
-            Some(age_s) => {
-                format!(
-                    "{rows} rows ({bytes} bytes, {batches} batches) wait in {dir} to be stored, the oldest for {age_s:.1} s"
-                )
-            }
-            None => format!("no rows wait in {dir} to be stored"),
+        } = waiting;
+        let oldest = match self.oldest_age_s() {
+            Some(age_s) => format!(", the oldest for {age_s:.1} s"),
+            None => String::new(),
         };
-        let aside = match quarantined_rows {
-            0 => String::new(),
-            rows => format!(
-                "; {rows} rows are in quarantine there, and their files say why ClickHouse did not take them"
-            ),
-        };
-        format!("{waits}{aside}")
+        format!(
+            "rows that wait in {dir} to be stored: {rows} (batches: {batches}, bytes: {bytes}){oldest}; in quarantine: {quarantined_rows}"
+        )
     }
 
     /// How long the oldest batch has been waiting.
     fn oldest_age_s(&self) -> Option<f64> {
-        let since = self.waiting.oldest_at_us?;
+        let since = self.waiting.as_ref()?.oldest_at_us?;
         Some(self.now_us.saturating_sub(since).max(0) as f64 / 1e6)
     }
 }
@@ -252,26 +250,30 @@ mod tests {
                 total: known.clone(),
             },
             spool_dir: "spool".into(),
-            waiting: Waiting {
+            waiting: Some(Waiting {
                 rows: 3,
                 bytes: 99,
                 batches: 1,
                 oldest_at_us: Some(1_000_000),
                 quarantined_rows: 2,
-            },
+            }),
             now_us: 3_500_000,
         }
     }
 
     #[test]
-    fn what_the_figures_lack_is_said_in_one_sentence() {
+    fn what_the_figures_lack_is_said_and_unknown_is_not_nothing() {
         let mut report = report();
         assert_eq!(
             report.lacks(),
-            "3 rows (99 bytes, 1 batches) wait in spool to be stored, the oldest for 2.5 s; 2 rows are in quarantine there, and their files say \
-             why ClickHouse did not take them"
+            "rows that wait in spool to be stored: 3 (batches: 1, bytes: 99), the oldest for 2.5 s; in quarantine: 2"
         );
-        report.waiting = Waiting::default();
-        assert_eq!(report.lacks(), "no rows wait in spool to be stored");
+        report.waiting = Some(Waiting::default());
+        assert_eq!(
+            report.lacks(),
+            "rows that wait in spool to be stored: 0 (batches: 0, bytes: 0); in quarantine: 0"
+        );
+        report.waiting = None;
+        assert!(report.lacks().contains("unknown") && report.lacks().contains("SPOOL_DIR"));
     }
 }

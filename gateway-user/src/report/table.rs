@@ -83,16 +83,13 @@ fn aligned(lines: &[Vec<String>], keys: usize) -> String {
 }
 
 fn footnotes(report: &Report) -> String {
-    let unknown = match report.figures.total.unknown_token_requests {
-        0 => "The tokens of every request that an engine may have worked on are known.".to_owned(),
-        requests => format!(
-            "The tokens of {requests} requests that an engine may have worked on are unknown, and in no sum; `-` is unknown."
-        ),
-    };
     format!(
-        "\nRequests that ended from {} until before {}. {unknown}\nNot in it: {}.\n",
+        "\nRequests that ended from {} until before {}.\n\
+         With unknown tokens, although an engine may have worked on them: {}. They add nothing to the sums; `-` is unknown.\n\
+         Not in these figures: {}.\n",
         time::format(report.period.from_us()),
         time::format(report.period.to_us()),
+        report.figures.total.unknown_token_requests,
         report.lacks()
     )
 }
@@ -120,8 +117,11 @@ mod tests {
             lines[0].len() == lines[4].len(),
             "figures end where their heads do:\n{text}"
         );
-        assert!(text.contains("The tokens of 1 requests"), "{text}");
-        assert!(text.contains("Not in it: 3 rows"), "{text}");
+        assert!(text.contains("worked on them: 1."), "{text}");
+        assert!(
+            text.contains("Not in these figures: rows that wait in spool"),
+            "{text}"
+        );
     }
 
     #[test]

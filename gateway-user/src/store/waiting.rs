@@ -5,17 +5,16 @@
 use super::StoreError;
 use super::directory::{Listing, QUARANTINE_DIR};
 use super::names::{BatchId, Kind};
-use serde::Serialize;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Bytes that are looked at in one go.
 const PIECE_BYTES: usize = 256 << 10;
 
 /// Rows that ClickHouse does not have, as far as this host knows.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Waiting {
     /// Rows that wait to be stored.
     pub rows: u64,
@@ -30,18 +29,19 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    /// Looks into the directories of all gateways below `spool_dir`. One that does not exist has nothing waiting.
+    /// Looks into the directories of all gateways below `spool_dir`; `None` when there is no such directory, so that nobody can tell.
     ///
     /// # Errors
     /// When what is there cannot be read.
-    pub fn below(spool_dir: &Path) -> Result<Waiting, StoreError> {
+    pub fn below(spool_dir: &Path) -> Result<Option<Waiting>, StoreError> {
+        let Some(dirs) = entries(spool_dir)? else {
+            return Ok(None);
+        };
         let mut waiting = Waiting::default();
-        for dir in entries(spool_dir)? {
-            if dir.is_dir() {
-                waiting.add_gateway(&dir)?;
-            }
+        for dir in dirs.iter().filter(|dir| dir.is_dir()) {
+            waiting.add_gateway(dir)?;
         }
-        Ok(waiting)
+        Ok(Some(waiting))
     }
 
     fn add_gateway(&mut self, dir: &Path) -> Result<(), StoreError> {
@@ -51,7 +51,7 @@ impl Waiting {
         for (id, kind) in open.chain(sealed) {
             self.add_file(dir, id, kind)?;
         }
-        for path in entries(&dir.join(QUARANTINE_DIR))? {
+        for path in entries(&dir.join(QUARANTINE_DIR))?.unwrap_or_default() {
             let lines = lines_of(&path).map_err(|source| StoreError::io("read", &path, source))?;
             self.quarantined_rows += lines.map_or(0, |lines| lines.rows);
         }
@@ -118,13 +118,15 @@ fn micros(time: SystemTime) -> i64 {
     i64::try_from(since_1970.as_micros()).unwrap_or(i64::MAX)
 }
 
-/// What is in a directory; nothing when there is none.
-fn entries(dir: &Path) -> Result<Vec<std::path::PathBuf>, StoreError> {
+/// What is in a directory; `None` when there is none.
+fn entries(dir: &Path) -> Result<Option<Vec<PathBuf>>, StoreError> {
     let found = match std::fs::read_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         found => found.and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect()),
     };
-    found.map_err(|source| StoreError::io("read", dir, source))
+    found
+        .map(Some)
+        .map_err(|source| StoreError::io("read", dir, source))
 }
 
 #[cfg(test)]
@@ -143,10 +145,14 @@ mod tests {
     }
 
     #[test]
-    fn where_there_is_no_spool_nothing_waits() {
+    fn without_a_spool_it_is_unknown_what_waits() {
         let dir = TempDir::new();
         let nowhere = dir.path().join("nowhere");
-        assert_eq!(Waiting::below(&nowhere).expect("it looks"), Waiting::default());
+        assert_eq!(Waiting::below(&nowhere).expect("it looks"), None);
+        assert_eq!(
+            Waiting::below(dir.path()).expect("it looks"),
+            Some(Waiting::default())
+        );
     }
 
     #[test]
@@ -164,7 +170,7 @@ mod tests {
             segment_bytes: ByteSize::from_kib(64),
             ..SpoolConfig::default()
         };
-        let before = Waiting::below(dir.path()).expect("it looks");
+        let before = Waiting::below(dir.path()).expect("it looks").expect("a spool");
         assert_eq!(
             (before.rows, before.bytes, before.batches, before.quarantined_rows),
             (4, 32, 2, 3)
@@ -173,7 +179,7 @@ mod tests {
         // Beside it one that runs, with a row; its spare segments are no batches.
         let store = Store::open(&config, "living").expect("it opens");
         drop(store.spool().append(b"{\"event_id\":\"e\"}").expect("room"));
-        let after = Waiting::below(dir.path()).expect("it looks");
+        let after = Waiting::below(dir.path()).expect("it looks").expect("a spool");
         assert_eq!((after.rows, after.batches), (5, 3));
     }
 }
