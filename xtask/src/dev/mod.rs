@@ -6,7 +6,6 @@
 
 mod children;
 mod duration;
-mod http;
 mod ports;
 mod prometheus;
 mod report;

@@ -11,6 +11,7 @@ use super::children::{Ready, Service};
 use super::ports::Ports;
 use super::state::StateDir;
 use super::{duration, prometheus};
+use crate::http::sum_of;
 
 /// How long anything but the gateway may take to end. None has work that must be finished.
 const GRACE: Duration = Duration::from_secs(5);
@@ -199,15 +200,6 @@ fn page(port: u16, path: &'static str) -> Ready {
         path,
         says: |_| true,
     }
-}
-
-/// The sum of a family on a metrics page.
-fn sum_of(family: &str, metrics: &str) -> f64 {
-    let values = metrics.lines().filter_map(|line| {
-        let (series, value) = line.rsplit_once(' ')?;
-        (series.split('{').next() == Some(family)).then(|| value.parse::<f64>().ok())?
-    });
-    values.sum()
 }
 
 fn drain_timeout_in(config: &str) -> Result<Duration> {
