@@ -14,6 +14,7 @@ pub mod ids;
 pub mod metrics;
 pub mod net;
 pub mod proxy;
+pub mod report;
 pub mod store;
 pub mod tap;
 pub mod trace;

@@ -6,12 +6,14 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::os::unix::process::CommandExt;
 use std::process::{self, ExitCode};
+use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
 use vllm_gateway::config::{Config, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::descriptors;
 use vllm_gateway::gateway::{self, Gateway};
+use vllm_gateway::report;
 use vllm_gateway::store::embedded;
 use vllm_gateway::store::service::StoreService;
 use vllm_gateway::tap;
@@ -21,6 +23,12 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Run(source) => run(&source),
         Command::CheckConfig(source) => {
             let code = cli::check_config(&source, &environment, &mut io::stdout(), &mut io::stderr())?;
+            Ok(ExitCode::from(code))
+        }
+        Command::Report(arguments) => {
+            let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+            let (mut out, mut err) = (io::stdout(), io::stderr());
+            let code = runtime.block_on(report::run(&arguments, &environment, &mut out, &mut err))?;
             Ok(ExitCode::from(code))
         }
         Command::EmbeddedClickhouse(arguments) => {

@@ -7,6 +7,7 @@ mod clickhouse;
 mod dev;
 mod fuzz;
 mod guest;
+mod http;
 /// The gateway's own listeners, which know who holds a port. The file is compiled in: to depend on the library for it would make
 /// every command wait until all of the gateway is built.
 #[path = "../../gateway-user/src/net/mod.rs"]

@@ -36,6 +36,7 @@
 
 mod directory;
 pub mod embedded;
+pub mod figures;
 mod journal;
 mod keeper;
 pub mod migrate;
@@ -52,6 +53,7 @@ mod stats;
 mod supply;
 #[cfg(test)]
 mod testing;
+pub mod waiting;
 
 pub use names::BatchId;
 pub use sealed::Batch;
@@ -198,7 +200,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Wall clock, microseconds since 1970.
-fn wall_us() -> i64 {
+pub(crate) fn wall_us() -> i64 {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_1970.as_micros()).unwrap_or(i64::MAX)
 }

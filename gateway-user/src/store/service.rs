@@ -140,7 +140,8 @@ pub struct StoreCounts {
     pub timings: Arc<RowQueue>,
 }
 
-fn url_of(config: &StoreConfig) -> Option<String> {
+/// Where the ClickHouse of a config is; `None` when there is none.
+pub(super) fn url_of(config: &StoreConfig) -> Option<String> {
     match &config.url {
         StoreUrl::Embedded => Some(format!("http://{}", config.embedded_listen)),
         StoreUrl::Server(url) => Some(url.clone()),
