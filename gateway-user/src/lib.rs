@@ -4,6 +4,7 @@ pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod descriptors;
+pub mod doctor;
 pub mod event;
 pub mod gateway;
 pub mod identity;

@@ -9,16 +9,20 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
 use vllm_gateway::config::{Capture, Config, EXIT_CONFIG, LogConfig, LogFormat};
-use vllm_gateway::descriptors;
 use vllm_gateway::gateway::Gateway;
 use vllm_gateway::store::embedded;
 use vllm_gateway::store::service::StoreService;
+use vllm_gateway::{descriptors, doctor};
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
         Command::Run(source) => run(&source),
         Command::CheckConfig(source) => {
             let code = cli::check_config(&source, &environment, &mut io::stdout(), &mut io::stderr())?;
+            Ok(ExitCode::from(code))
+        }
+        Command::Doctor(arguments) => {
+            let code = doctor::run(&arguments, environment, &mut io::stdout(), &mut io::stderr())?;
             Ok(ExitCode::from(code))
         }
         Command::EmbeddedClickhouse(arguments) => {
