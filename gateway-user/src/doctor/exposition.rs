@@ -6,15 +6,20 @@ use crate::vllm::delta::Growth;
 use crate::vllm::families::{Page, names_in, newest_names};
 use hyper::StatusCode;
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 /// Scrapes, each on a connection of its own. A balancer that draws between two servers shows one alone with a chance of 1 in 128.
 const SCRAPES: usize = 8;
+
+/// No further scrape is begun after this: a server that takes so long has shown what it is.
+const SCRAPING_LIMIT: Duration = Duration::from_secs(4);
 
 /// Families, engines, and what stands behind them.
 pub(super) async fn checks(asking: &Asking, group: &str) -> Vec<Check> {
     let mut pages = Vec::with_capacity(SCRAPES);
     let mut text = String::new();
-    for _ in 0..SCRAPES {
+    let started = Instant::now();
+    while pages.len() < SCRAPES && started.elapsed() < SCRAPING_LIMIT {
         match page(asking).await {
             Ok((page, body)) => {
                 pages.push(page);
@@ -108,6 +113,8 @@ fn behind(group: &str, pages: &[Page]) -> Check {
             "{several}: counters went back between two of {} scrapes",
             pages.len()
         )
+    } else if pages.len() < 2 {
+        return Check::unknown(group, "one server", "one scrape took too long for another");
     } else if starts.contains(&None) {
         let found = format!("{} scrapes fit each other, and tell no process", pages.len());
         return Check::ok(group, "one server", found);

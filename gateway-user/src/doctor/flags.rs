@@ -4,22 +4,24 @@
 //! which is asked (for one token, twice) only where the operator said so.
 
 use super::Check;
-use super::upstream::{Asking, Said};
+use super::upstream::Asking;
 use crate::config::Serves;
 use hyper::StatusCode;
+use hyper::body::Bytes;
 use serde_json::{Value, json};
 
 /// The id of everything that is asked. It is no secret, and tells an operator who reads vLLM's log where it comes from.
 pub(super) const REQUEST_ID: &str = "vllm-gateway-doctor";
 
-/// What the options are for, in the order of the table: the name, the option, and what is lost without it.
+/// The lines, in the order of the table.
 const FORCED: &str = "forced usage";
 const DETAILS: &str = "prompt details";
 const TIMINGS: &str = "request metrics";
+const EMBEDDINGS: &str = "embeddings";
 
 /// What an unstreamed and a streamed answer show.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Shown {
+struct Seen {
     /// Usage on chunks of a stream that asked for it at its end only.
     forced: bool,
     /// `prompt_tokens_details` within usage.
@@ -30,25 +32,29 @@ struct Shown {
 
 pub(super) async fn checks(asking: &Asking, group: &str, model: Option<&str>) -> Vec<Check> {
     let mut checks = vec![id_headers(asking, group).await];
-    if asking.upstream.serves == Serves::Embeddings {
-        checks.extend(embeddings(asking, group, model).await);
-        return checks;
-    }
-    let Some(model) = model.filter(|_| asking.probe_requests) else {
-        let why = if asking.probe_requests {
-            "not tried without a model"
-        } else {
-            "not tried"
-        };
-        let advise = "run with --probe-requests, which sends two requests of one token";
-        checks.extend([FORCED, DETAILS, TIMINGS].map(|name| Check::unknown(group, name, why).advise(advise)));
-        return checks;
+    let names: &[&'static str] = match asking.upstream.serves {
+        Serves::Generate => &[FORCED, DETAILS, TIMINGS],
+        Serves::Embeddings => &[EMBEDDINGS],
     };
-    match shown(asking, model).await {
-        Ok(shown) => checks.extend(judged(group, &shown)),
-        Err(error) => checks.push(refused(group, "probe requests", error)),
-    }
+    let tried = match (model, asking.upstream.serves) {
+        (Some(model), Serves::Generate) if asking.probe_requests => generate(asking, model)
+            .await
+            .map(|seen| judged(group, &seen).to_vec()),
+        (Some(model), Serves::Embeddings) if asking.probe_requests => {
+            embed(asking, group, model).await.map(|check| vec![check])
+        }
+        _ => Ok(names.iter().map(|name| not_tried(asking, group, name)).collect()),
+    };
+    checks.extend(tried.unwrap_or_else(|refusal| vec![refused(group, &refusal)]));
     checks
+}
+
+fn not_tried(asking: &Asking, group: &str, name: &'static str) -> Check {
+    if asking.probe_requests {
+        return Check::unknown(group, name, "not tried without a model");
+    }
+    Check::unknown(group, name, "not tried")
+        .advise("run with --probe-requests, which lets the engine generate two tokens")
 }
 
 /// The middleware behind the option puts the header on every answer.
@@ -68,58 +74,68 @@ async fn id_headers(asking: &Asking, group: &str) -> Check {
     }
 }
 
-async fn embeddings(asking: &Asking, group: &str, model: Option<&str>) -> Option<Check> {
-    let model = model.filter(|_| asking.probe_requests)?;
-    let answered = asking
-        .post("/v1/embeddings", &json!({"model": model, "input": "hi"}))
-        .await;
-    Some(match answered.and_then(document) {
-        Ok(answer) if answer["usage"]["prompt_tokens"].is_u64() => {
-            Check::ok(group, "embeddings", "one request was answered, with its usage")
-        }
-        Ok(_) => Check::warning(group, "embeddings", "one request was answered, without usage")
-            .advise("its tokens stay unknown"),
-        Err(error) => refused(group, "embeddings", error),
+async fn embed(asking: &Asking, group: &str, model: &str) -> Result<Check, Refusal> {
+    let answer = ask(asking, "/v1/embeddings", &json!({"model": model, "input": "hi"})).await?;
+    Ok(match document(&answer)?["usage"]["prompt_tokens"].is_u64() {
+        true => Check::ok(group, EMBEDDINGS, "one request was answered, with its usage"),
+        false => Check::warning(group, EMBEDDINGS, "one request was answered, without usage")
+            .advise("the tokens of such requests stay unknown"),
     })
 }
 
-fn refused(group: &str, name: &'static str, error: String) -> Check {
-    Check::problem(group, name, error)
-        .advise("check with curl whether the upstream answers such a request, and upstreams[].serves")
-}
-
 /// Asks for one token twice: whole, and streamed with usage at the end. A model without a chat template is asked to complete text.
-async fn shown(asking: &Asking, model: &str) -> Result<Shown, String> {
+async fn generate(asking: &Asking, model: &str) -> Result<Seen, Refusal> {
     let chat = json!({"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]});
     let text = json!({"model": model, "max_tokens": 1, "prompt": "hi"});
-    let mut refused = String::new();
-    for (path, mut request) in [("/v1/chat/completions", chat), ("/v1/completions", text)] {
-        match asking.post(path, &request).await.and_then(document) {
-            Ok(answer) => {
-                request["stream"] = true.into();
-                request["stream_options"] = json!({"include_usage": true});
-                let streamed = asking.post(path, &request).await.and_then(whole)?;
-                return Ok(read(&answer, &String::from_utf8_lossy(&streamed.body)));
-            }
-            Err(error) => refused = format!("{path}: {error}"),
+    let (path, mut request, answer) = match ask(asking, "/v1/chat/completions", &chat).await {
+        Err(Refusal::Status(_)) => {
+            let answer = ask(asking, "/v1/completions", &text).await?;
+            ("/v1/completions", text, answer)
+        }
+        answer => ("/v1/chat/completions", chat, answer?),
+    };
+    request["stream"] = true.into();
+    request["stream_options"] = json!({"include_usage": true});
+    let streamed = ask(asking, path, &request).await?;
+    Ok(read(&document(&answer)?, &String::from_utf8_lossy(&streamed)))
+}
+
+/// Why a request gave nothing to look at.
+enum Refusal {
+    /// The server would not.
+    Status(StatusCode),
+    /// It did not answer, which a busy engine may not do in the time that is given here.
+    Unanswered(String),
+}
+
+async fn ask(asking: &Asking, path: &str, request: &Value) -> Result<Bytes, Refusal> {
+    let said = asking.post(path, request).await.map_err(Refusal::Unanswered)?;
+    match said.status {
+        StatusCode::OK => Ok(said.body),
+        status => Err(Refusal::Status(status)),
+    }
+}
+
+fn document(body: &[u8]) -> Result<Value, Refusal> {
+    serde_json::from_slice(body).map_err(|_| Refusal::Unanswered("the answer is no JSON".to_owned()))
+}
+
+fn refused(group: &str, refusal: &Refusal) -> Check {
+    const NAME: &str = "probe requests";
+    match refusal {
+        Refusal::Status(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
+            Check::unknown(group, NAME, "it asks for an API key").advise("set VLLM_API_KEY")
+        }
+        Refusal::Status(status) => Check::problem(group, NAME, format!("answered with {status}"))
+            .advise("check with curl whether the upstream answers such a request, and upstreams[].serves"),
+        Refusal::Unanswered(error) => {
+            Check::unknown(group, NAME, error.as_str()).advise("try again when the engine is less busy")
         }
     }
-    Err(refused)
-}
-
-fn whole(said: Said) -> Result<Said, String> {
-    match said.status {
-        StatusCode::OK => Ok(said),
-        status => Err(format!("answered with {status}")),
-    }
-}
-
-fn document(said: Said) -> Result<Value, String> {
-    serde_json::from_slice(&whole(said)?.body).map_err(|_| "answered with no JSON".to_owned())
 }
 
 /// Whatever either answer shows counts: older servers leave details out where nothing was cached, or on streams.
-fn read(answer: &Value, streamed: &str) -> Shown {
+fn read(answer: &Value, streamed: &str) -> Seen {
     let events = streamed.lines().filter_map(|line| line.strip_prefix("data: "));
     let chunks: Vec<Value> = events
         .filter_map(|event| serde_json::from_str(event).ok())
@@ -130,7 +146,7 @@ fn read(answer: &Value, streamed: &str) -> Shown {
             .is_some_and(|choices| !choices.is_empty())
     };
     let all = || chunks.iter().chain([answer]);
-    Shown {
+    Seen {
         forced: chunks
             .iter()
             .filter(has_choices)
@@ -140,8 +156,8 @@ fn read(answer: &Value, streamed: &str) -> Shown {
     }
 }
 
-fn judged(group: &str, shown: &Shown) -> [Check; 3] {
-    let forced = if shown.forced {
+fn judged(group: &str, seen: &Seen) -> [Check; 3] {
+    let forced = if seen.forced {
         Check::ok(group, FORCED, "on: every stream carries usage on every chunk (--enable-force-include-usage)")
             .advise("clients get it whether they asked or not, with and without a gateway; the tap counts direct streams exactly")
     } else {
@@ -149,7 +165,7 @@ fn judged(group: &str, shown: &Shown) -> [Check; 3] {
             "the proxy asks for usage by itself; for tokens of streams that go past the proxy, start vLLM with --enable-force-include-usage",
         )
     };
-    let details = if shown.details {
+    let details = if seen.details {
         Check::ok(
             group,
             DETAILS,
@@ -160,7 +176,7 @@ fn judged(group: &str, shown: &Shown) -> [Check; 3] {
             "start vLLM with --enable-prompt-tokens-details: else cached prompt tokens are unknown and weigh as much as computed ones",
         )
     };
-    let timings = if shown.timings {
+    let timings = if seen.timings {
         Check::ok(
             group,
             TIMINGS,
@@ -192,7 +208,7 @@ mod tests {
         };
     }
 
-    fn of(document: &str, streamed: &str) -> Shown {
+    fn of(document: &str, streamed: &str) -> Seen {
         read(&serde_json::from_str(document).unwrap_or_default(), streamed)
     }
 
@@ -200,7 +216,7 @@ mod tests {
     fn real_answers_show_what_the_server_was_started_with() {
         let chat = fixture!("chat");
         let stream = fixture!("chat_stream_usage");
-        let expected = Shown {
+        let expected = Seen {
             forced: false,
             details: true,
             timings: false,
@@ -212,6 +228,6 @@ mod tests {
             r#"{"cached_tokens":0,"created_cache_tokens":0,"multimodal_tokens":null}"#,
             "null",
         );
-        assert_eq!(of(&bare, fixture!("chat_stream_no_usage")), Shown::default());
+        assert_eq!(of(&bare, fixture!("chat_stream_no_usage")), Seen::default());
     }
 }

@@ -120,16 +120,19 @@ pub(super) async fn checks(asking: Asking) -> Vec<Check> {
             return checks;
         }
     }
-    let (version, (models, model), metrics, keep_alive) = tokio::join!(
+    let (version, (models, flags), metrics, keep_alive) = tokio::join!(
         version(&asking, &group),
-        models(&asking, &group),
+        async {
+            let (models, model) = models(&asking, &group).await;
+            (models, flags::checks(&asking, &group, model.as_deref()).await)
+        },
         exposition::checks(&asking, &group),
         keep_alive(&asking, &group),
     );
     checks.extend([version, models]);
     checks.extend(metrics);
     checks.push(keep_alive);
-    checks.extend(flags::checks(&asking, &group, model.as_deref()).await);
+    checks.extend(flags);
     checks
 }
 
@@ -158,13 +161,18 @@ async fn reach(asking: &Asking, group: &str) -> Result<Check, Check> {
         .peer_addr()
         .map_or_else(|_| url.authority(), |peer| peer.to_string());
     let found = format!("{peer}, connected within {took_ms:.1} ms");
-    Ok(match resolved.len() {
-        // A name of this machine often has an IPv4 and an IPv6 address.
-        0..=2 => Check::ok(group, "reach", found),
-        several => Check::warning(
+    // A name of this machine often has an address of each family.
+    let several = [SocketAddr::is_ipv4, SocketAddr::is_ipv6]
+        .map(|family| resolved.iter().filter(|address| family(address)).count())
+        .into_iter()
+        .max()
+        .filter(|count| *count > 1);
+    Ok(match several {
+        None => Check::ok(group, "reach", found),
+        Some(count) => Check::warning(
             group,
             "reach",
-            format!("{found}; {} has {several} addresses", url.host()),
+            format!("{found}; {} has {count} addresses", url.host()),
         )
         .advise("several servers behind one name cannot be told apart: list each as an upstream of its own"),
     })
