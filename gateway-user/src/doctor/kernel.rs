@@ -1,20 +1,16 @@
 //! What the kernel probe needs of a Linux kernel and of this process: version, lockdown, capabilities.
 //!
-//! Whether it loads is found by loading it (`probe`); this says why it would not, and what to do about that.
+//! Whether it loads is found by loading it (`probe`), which is what decides; this tells the reasons there may be.
 
-use super::{Check, Part};
+use super::Check;
+use crate::tap::{error::TapError, privileges};
 use std::fs;
 
-/// Ring buffers came with 5.8, the youngest of what the probe is made of (links to cgroups came with 5.7).
-const KERNEL_MIN: (u32, u32) = (5, 8);
+/// As the probe has it: ring buffers came with 5.8, and memory that needs no limit on locked memory with 5.11.
+const KERNEL_MIN: (u32, u32) = (5, 11);
 
 /// The oldest that the probe was tried on.
 const KERNEL_TRIED: (u32, u32) = (6, 1);
-
-/// Bits of `CapEff`, from `linux/capability.h`.
-const CAP_NET_ADMIN: u32 = 12;
-const CAP_SYS_ADMIN: u32 = 21;
-const CAP_BPF: u32 = 39;
 
 /// How to get what the probe needs.
 const CAPABILITIES: &str = "run as root, or give the capabilities alone: AmbientCapabilities=CAP_BPF CAP_NET_ADMIN (systemd), \
@@ -27,10 +23,7 @@ pub(super) fn checks() -> Vec<Check> {
     vec![
         version(&uname.release().to_string_lossy()),
         lockdown(read("/sys/kernel/security/lockdown").as_deref()),
-        capabilities(
-            read("/proc/thread-self/status").as_deref(),
-            read("/proc/self/uid_map").as_deref(),
-        ),
+        capabilities(privileges::check(), read("/proc/self/uid_map").as_deref()),
         unprivileged(read("/proc/sys/kernel/unprivileged_bpf_disabled").as_deref()),
     ]
 }
@@ -49,12 +42,11 @@ fn version(release: &str) -> Check {
     let found = release.escape_debug().to_string();
     if this < KERNEL_MIN {
         return Check::problem("kernel", "version", found)
-            .advise("the tap needs Linux 5.8 or newer, for its ring buffer; use capture: proxy")
-            .stops(Part::Tap);
+            .advise("the tap needs Linux 5.11 or newer, for its ring buffer; use capture: proxy");
     }
     if this < KERNEL_TRIED {
         return Check::warning("kernel", "version", found)
-            .advise("the tap should work from 5.8 on, and was tried on 6.1, 6.12 and 6.18 only");
+            .advise("the tap should work from 5.11 on, and was tried on 6.1, 6.12 and 6.18 only");
     }
     Check::ok("kernel", "version", found)
 }
@@ -73,30 +65,20 @@ fn lockdown(file: Option<&str>) -> Check {
 }
 
 /// Capabilities count only in the first user namespace; within a rootless container root has them in name.
-fn capabilities(status: Option<&str>, uid_map: Option<&str>) -> Check {
-    let line = status.and_then(|text| text.lines().find_map(|line| line.strip_prefix("CapEff:")));
-    let Some(effective) = line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()) else {
-        return Check::unknown("kernel", "capabilities", "/proc says nothing of them");
-    };
-    let has = |bit: u32| effective & (1 << bit) != 0;
-    let missing: Vec<&str> = [
-        ("CAP_BPF", has(CAP_BPF) || has(CAP_SYS_ADMIN)),
-        ("CAP_NET_ADMIN", has(CAP_NET_ADMIN)),
-    ]
-    .into_iter()
-    .filter_map(|(name, has)| (!has).then_some(name))
-    .collect();
-    if !missing.is_empty() {
-        return Check::problem("kernel", "capabilities", format!("no {}", missing.join(", no ")))
-            .advise(CAPABILITIES)
-            .stops(Part::Tap);
+fn capabilities(held: Result<(), TapError>, uid_map: Option<&str>) -> Check {
+    match held {
+        Err(TapError::Capabilities { missing }) => {
+            Check::problem("kernel", "capabilities", format!("{missing} is missing")).advise(CAPABILITIES)
+        }
+        Err(error) => Check::unknown("kernel", "capabilities", error.to_string()),
+        Ok(()) if uid_map.is_some_and(|map| !is_first_namespace(map)) => {
+            let found = "those of a user namespace, which do not reach the kernel's BPF";
+            Check::problem("kernel", "capabilities", found).advise(
+                "a rootless container cannot load the tap: run it as a service of the host, or in a container with --userns=host",
+            )
+        }
+        Ok(()) => Check::ok("kernel", "capabilities", "CAP_BPF and CAP_NET_ADMIN"),
     }
-    if uid_map.is_some_and(|map| !is_first_namespace(map)) {
-        return Check::problem("kernel", "capabilities", "those of a user namespace, which do not reach the kernel's BPF")
-            .advise("a rootless container cannot load the tap: run it as a service of the host, or in a container with --userns=host")
-            .stops(Part::Tap);
-    }
-    Check::ok("kernel", "capabilities", "CAP_BPF and CAP_NET_ADMIN")
 }
 
 /// The first namespace maps all ids to themselves.
@@ -127,18 +109,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kernel_without_ring_buffers_stops_the_tap() {
-        for (release, state, stops) in [
-            ("5.4.0-150-generic", State::Problem, Some(Part::Tap)),
-            ("4.18.0-553.el8.x86_64", State::Problem, Some(Part::Tap)),
-            ("5.15.167.4-microsoft-standard-WSL2", State::Warning, None),
-            ("6.1.0-28-cloud-amd64", State::Ok, None),
-            ("6.18.44-fc", State::Ok, None),
-            ("7.0", State::Ok, None),
-            ("unknown", State::Unknown, None),
+    fn a_kernel_without_what_the_probe_needs_is_a_problem() {
+        for (release, state) in [
+            ("5.4.0-150-generic", State::Problem),
+            ("4.18.0-553.el8.x86_64", State::Problem),
+            ("5.15.167.4-microsoft-standard-WSL2", State::Warning),
+            ("6.1.0-28-cloud-amd64", State::Ok),
+            ("6.18.44-fc", State::Ok),
+            ("7.0", State::Ok),
+            ("unknown", State::Unknown),
         ] {
-            let check = version(release);
-            assert_eq!((check.state, check.stops), (state, stops), "{release}");
+            assert_eq!(version(release).state, state, "{release}");
         }
     }
 
@@ -155,31 +136,20 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_capability_is_named_and_stops_the_tap() {
-        let all = "CapEff:\t000001ffffffffff\n";
+    fn capabilities_count_only_outside_of_user_namespaces() {
         let host = Some("         0          0 4294967295\n");
-        let with = |bits: &[u32]| {
-            let set: u64 = bits.iter().map(|bit| 1 << bit).sum();
-            capabilities(Some(&format!("Name:\tx\nCapEff:\t{set:016x}\n")), host)
-        };
-        assert_eq!(capabilities(Some(all), host).state, State::Ok);
-        assert_eq!(with(&[CAP_BPF, CAP_NET_ADMIN]).state, State::Ok);
-        assert_eq!(
-            with(&[CAP_SYS_ADMIN, CAP_NET_ADMIN]).state,
-            State::Ok,
-            "as before 5.8"
+        assert_eq!(capabilities(Ok(()), host).state, State::Ok);
+        assert_eq!(capabilities(Ok(()), None).state, State::Ok);
+        let rootless = capabilities(Ok(()), Some("0 1000 1\n1 100000 65536\n"));
+        assert!(
+            rootless.state == State::Problem && rootless.found.contains("user namespace"),
+            "{rootless:?}"
         );
-        assert_eq!(with(&[]).found, "no CAP_BPF, no CAP_NET_ADMIN");
-        let without = with(&[CAP_BPF]);
-        assert_eq!(
-            (&*without.found, without.stops),
-            ("no CAP_NET_ADMIN", Some(Part::Tap))
+        let missing = "CAP_BPF and CAP_NET_ADMIN".to_owned();
+        let without = capabilities(Err(TapError::Capabilities { missing }), host);
+        assert!(
+            without.state == State::Problem && without.advice.contains("setcap"),
+            "{without:?}"
         );
-        let rootless = capabilities(Some(all), Some("0 1000 1\n1 100000 65536\n"));
-        assert_eq!(
-            (rootless.state, rootless.stops),
-            (State::Problem, Some(Part::Tap))
-        );
-        assert_eq!(capabilities(None, None).state, State::Unknown);
     }
 }

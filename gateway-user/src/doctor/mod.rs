@@ -20,6 +20,8 @@
 //!
 //! Left out: how fast anything is, and whether it still holds in an hour.
 
+#[cfg(target_os = "linux")]
+mod cgroup;
 mod check;
 mod exposition;
 mod flags;
@@ -208,8 +210,8 @@ fn groups(config: &Config, probe_requests: bool, variable: fn(&str) -> Option<Os
     let mut groups = Vec::new();
     #[cfg(target_os = "linux")]
     groups.push(Group::blocking("kernel", kernel::checks));
-    let upstreams = config.upstreams.clone();
-    groups.push(Group::blocking("tap", move || probe::checks(&upstreams)));
+    let whole = config.clone();
+    groups.push(Group::blocking("tap", move || probe::checks(&whole)));
     let (clients, admin) = (config.gateway.listen, config.admin.listen);
     groups.push(Group::blocking("ports", move || ports::checks(clients, admin)));
     for upstream in &config.upstreams {

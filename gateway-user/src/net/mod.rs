@@ -187,9 +187,16 @@ fn explain(source: io::Error, addr: SocketAddr, what: &'static str, setting: &'s
     }
 }
 
+/// Who listens on an address of this machine, as far as the system tells.
 #[cfg(target_os = "linux")]
-fn owner_of(addr: SocketAddr) -> Owner {
+pub fn owner_of(addr: SocketAddr) -> Owner {
     owner::find(addr)
+}
+
+/// Who listens on an address of a container of this machine, as far as the system tells.
+#[cfg(target_os = "linux")]
+pub fn owner_in_containers(addr: SocketAddr) -> Owner {
+    owner::find_in_containers(addr)
 }
 
 #[cfg(not(target_os = "linux"))]
