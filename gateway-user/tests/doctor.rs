@@ -64,14 +64,7 @@ impl Place {
 
     /// What it found, as JSON.
     fn report(&self, options: &[&str]) -> Report {
-        let output = self.doctor(&[&["--format", "json"], options].concat());
-        let value = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
-            panic!("{error} in {output:?}");
-        });
-        Report {
-            value,
-            exit_code: output.status.code(),
-        }
+        Report::of(&self.doctor(&[&["--format", "json"], options].concat()))
     }
 }
 
@@ -101,6 +94,14 @@ struct Report {
 }
 
 impl Report {
+    fn of(output: &Output) -> Report {
+        let value = serde_json::from_slice(&output.stdout);
+        Report {
+            value: value.unwrap_or_else(|error| panic!("{error} in {output:?}")),
+            exit_code: output.status.code(),
+        }
+    }
+
     /// A line: its state and what was found.
     fn line(&self, group: &str, name: &str) -> (&str, &str) {
         let line = self.find(group, name);
@@ -136,8 +137,19 @@ fn free() -> SocketAddr {
     socket.local_addr().expect("an address")
 }
 
-#[test]
-fn a_server_that_is_well_is_described_and_its_engine_left_alone() {
+/// Tokens that a server's engine has generated.
+async fn generated(addr: SocketAddr) -> f64 {
+    let page = exchange(
+        addr,
+        b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+    )
+    .await;
+    let page = String::from_utf8(page).expect("text");
+    support::metric_sum(&page, "vllm:generation_tokens_total", &[])
+}
+
+#[tokio::test]
+async fn a_server_that_is_well_is_described_and_its_engine_left_alone() {
     let sim = Sim::start(&["--model", "tiny,alias"]);
     let report = Place::before("well", sim.addr, "").report(&[]);
     for (name, found) in [
@@ -156,8 +168,19 @@ fn a_server_that_is_well_is_described_and_its_engine_left_alone() {
     for name in ["forced usage", "prompt details", "request metrics"] {
         report.expect("upstream chat", name, "unknown", "not tried");
     }
+    assert_eq!(generated(sim.addr).await, 0.0);
     report.expect("ports", "clients", "ok", "free");
     assert!(report.can_run("proxy"), "{:#}", report.value);
+    if cfg!(target_os = "linux") {
+        report.expect(
+            "tap",
+            "socket",
+            "ok",
+            &format!("chat: process {} (vllm-sim) listens, in cgroup /", sim.pid()),
+        );
+        // Whether it may is the machine's affair; that the verdict is what loading said, is ours.
+        assert_eq!(report.can_run("tap"), report.line("tap", "probe").0 == "ok");
+    }
     let code = if report.can_run("tap") { 0 } else { 10 };
     assert_eq!(report.exit_code, Some(code), "{:#}", report.value);
     assert_eq!(report.value["exit_code"], code);
@@ -165,6 +188,44 @@ fn a_server_that_is_well_is_described_and_its_engine_left_alone() {
         report.value["auto_gets"],
         if code == 0 { "proxy+tap" } else { "proxy" }
     );
+}
+
+/// As a user that has no capabilities, in case this one has.
+#[test]
+#[cfg(target_os = "linux")]
+fn without_capabilities_the_proxy_can_run_and_the_tap_cannot() {
+    use std::os::unix::process::CommandExt;
+    let sim = Sim::start(&[]);
+    let place = Place::before("nobody", sim.addr, "");
+    // The one that cargo built may be where only its owner can go.
+    let program = place.0.join("vllm-gateway");
+    std::fs::copy(PROGRAM, &program).expect("a copy");
+    let mut command = Command::new(program);
+    command
+        .arg("doctor")
+        .args(["--format", "json"])
+        .current_dir(&place.0);
+    if rustix::process::geteuid().is_root() {
+        command.uid(65_534).gid(65_534);
+    }
+    let report = Report::of(&command.output().expect("it starts"));
+    report.expect("kernel", "capabilities", "problem", "CAP_BPF");
+    report.expect("tap", "probe", "problem", "needs CAP_BPF");
+    assert!(report.can_run("proxy") && !report.can_run("tap"));
+    assert_eq!(
+        (report.exit_code, &report.value["auto_gets"]),
+        (Some(10), &"proxy".into())
+    );
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn where_no_upstream_is_on_this_machine_there_is_nothing_to_tap() {
+    // TEST-NET-1, which no machine has.
+    let report = Place::before("elsewhere", "192.0.2.1:8000".parse().expect("an address"), "").report(&[]);
+    report.expect("tap", "socket", "warning", "another machine");
+    report.expect("tap", "upstreams", "problem", "none of them is on this machine");
+    assert!(!report.can_run("tap"));
 }
 
 #[tokio::test]
@@ -183,17 +244,7 @@ async fn options_are_found_by_what_the_engine_answers() {
         report.expect("upstream chat", "prompt details", details, on);
         let echo = if with { "comes back" } else { "does not come back" };
         report.expect("upstream chat", "id headers", "ok", echo);
-        let metrics = exchange(
-            sim.addr,
-            b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
-        )
-        .await;
-        let metrics = String::from_utf8(metrics).expect("text");
-        assert_eq!(
-            support::metric_sum(&metrics, "vllm:generation_tokens_total", &[]),
-            2.0,
-            "two tokens, as the help says"
-        );
+        assert_eq!(generated(sim.addr).await, 2.0, "two tokens, as the help says");
     }
 }
 

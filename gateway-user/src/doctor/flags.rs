@@ -53,8 +53,13 @@ fn not_tried(asking: &Asking, group: &str, name: &'static str) -> Check {
     if asking.probe_requests {
         return Check::unknown(group, name, "not tried without a model");
     }
-    Check::unknown(group, name, "not tried")
-        .advise("run with --probe-requests, which lets the engine generate two tokens")
+    let check = Check::unknown(group, name, "not tried");
+    // Said once is enough.
+    match name {
+        FORCED | EMBEDDINGS => check
+            .advise("run with --probe-requests, which lets the engine answer one or two requests of a token"),
+        _ => check,
+    }
 }
 
 /// The middleware behind the option puts the header on every answer.

@@ -68,7 +68,7 @@ fn lockdown(file: Option<&str>) -> Check {
 fn capabilities(held: Result<(), TapError>, uid_map: Option<&str>) -> Check {
     match held {
         Err(TapError::Capabilities { missing }) => {
-            Check::problem("kernel", "capabilities", format!("{missing} is missing")).advise(CAPABILITIES)
+            Check::problem("kernel", "capabilities", format!("missing: {missing}")).advise(CAPABILITIES)
         }
         Err(error) => Check::unknown("kernel", "capabilities", error.to_string()),
         Ok(()) if uid_map.is_some_and(|map| !is_first_namespace(map)) => {
