@@ -134,7 +134,7 @@ fn volatile(_: &Path) -> Option<&'static str> {
 
 /// Whether what may wait fits on the disk, beside what waits already.
 fn room(config: &SpoolConfig) -> Check {
-    let free_bytes = match rustix::fs::statvfs(&existing(&config.dir)) {
+    let free_bytes = match rustix::fs::statvfs(existing(&config.dir)) {
         Ok(found) => found.f_bavail.saturating_mul(found.f_frsize),
         Err(error) => {
             return Check::unknown("spool", "room", format!("the file system does not say: {error}"));
