@@ -13,7 +13,9 @@
 //! | `upstream` | whether each answers, as what, and for how long it keeps a connection |
 //! | `exposition` | its `/metrics`, and whether one server stands behind it |
 //! | `flags` | the options that it was started with, as far as they show in answers |
-//! | `store` | spool and ClickHouse |
+//! | `tls` | what a server speaks that speaks no HTTP |
+//! | `spool` | the directory where rows wait |
+//! | `store` | ClickHouse |
 //!
 //! Promises: it ends within [`LIMIT`], whatever hangs; no secret shows; it changes nothing that lasts (a file that it makes to try a
 //! directory is removed); it uses an upstream's engine only when it was asked to.
@@ -31,7 +33,9 @@ mod kernel;
 mod ports;
 mod probe;
 mod render;
+mod spool;
 mod store;
+mod tls;
 mod upstream;
 
 pub use check::{Check, Part, State, Verdict};
@@ -231,13 +235,10 @@ fn groups(config: &Config, probe_requests: bool, variable: fn(&str) -> Option<Os
     );
     if !nothing_kept {
         groups.push(Group::blocking("spool", move || {
-            store::spool_checks(&spool, gateway.as_str())
+            spool::checks(&spool, gateway.as_str())
         }));
     }
-    groups.push(Group::new(
-        "store",
-        store::clickhouse_checks(config.store.clone(), variable),
-    ));
+    groups.push(Group::new("store", store::checks(config.store.clone(), variable)));
     groups
 }
 
