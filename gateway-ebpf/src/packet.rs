@@ -8,6 +8,9 @@ const PROTOCOL_TCP: u8 = 6;
 const IPV6_HEADER_BYTES: u32 = 40;
 const TCP_HEADER_BYTES: u32 = 20;
 
+/// Twice the length of the longest packet that Linux makes, less one.
+const PAYLOAD_MASK: u32 = (1 << 20) - 1;
+
 /// IPv6 extension headers (RFC 8200 §4, RFC 4302).
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
@@ -140,7 +143,9 @@ fn tcp<const DIRECTION: u8>(ctx: &SkBuffContext, ip: Ip) -> Packet {
     if header_bytes < TCP_HEADER_BYTES || payload_at > ctx.len() {
         return Packet::Malformed;
     }
-    let payload_bytes = ctx.len() - payload_at;
+    // No packet is longer than the mask. It lets the verifier forget on which of many ways through the headers it came here: without it,
+    // it would go through the rest once for each, which is most of the million steps that it takes at most.
+    let payload_bytes = (ctx.len() - payload_at) & PAYLOAD_MASK;
     let flags = flags(header[13]);
     // A bare acknowledgement says nothing that the payload's own time does not.
     if !is_watched(server_port) || (payload_bytes == 0 && flags == 0) {

@@ -34,6 +34,10 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Run ClickHouse's engine behind its HTTP interface, as the gateway does for `store.url: embedded`.
     EmbeddedClickhouse(EmbeddedArgs),
+    /// Attach the kernel probe for the gateway that started this, on standard input; of no use by hand.
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    TapAttacher,
 }
 
 /// Where the config comes from.

@@ -12,7 +12,6 @@ pub mod metrics;
 pub mod net;
 pub mod proxy;
 pub mod store;
-#[cfg(target_os = "linux")]
 pub mod tap;
 pub mod vllm;
 pub mod wire;

@@ -29,6 +29,11 @@ fn main() -> anyhow::Result<ExitCode> {
             start_log(&Config::default().log);
             embedded::run(&arguments, &environment)
         }
+        #[cfg(target_os = "linux")]
+        Command::TapAttacher => {
+            vllm_gateway::tap::attacher::serve().context("the kernel probe cannot be attached for anyone")?;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 

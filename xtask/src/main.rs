@@ -1,6 +1,7 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
 mod bench;
+mod build_ebpf;
 mod clickhouse;
 mod dev;
 mod fuzz;
@@ -37,6 +38,8 @@ enum Command {
     Bench(bench::Bench),
     /// Feed random and mutated bytes to whatever reads the network (needs a nightly compiler).
     Fuzz(fuzz::Options),
+    /// Compile the kernel probe anew, after a change to its sources.
+    BuildEbpf,
     /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
     GetClickhouse,
 }
@@ -49,6 +52,7 @@ fn main() -> Result<()> {
         Command::Test => test::run(root),
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
+        Command::BuildEbpf => build_ebpf::run(root),
         Command::GetClickhouse => clickhouse::get(),
     }
 }

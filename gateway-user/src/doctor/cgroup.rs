@@ -5,6 +5,7 @@ use crate::config::{Config, UpstreamConfig};
 use crate::net::{Owner, owner_in_containers, owner_of};
 use std::fs;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::path::Path;
 
 /// Programs that listen in place of a server in a container, by the kernel's names for them (15 characters).
 const FORWARDERS: [&str; 6] = [
@@ -29,8 +30,16 @@ enum Place {
     Nowhere,
 }
 
-/// A line for each upstream, and whether any can be watched.
-pub(super) fn checks(config: &Config) -> (Vec<Check>, bool) {
+/// A line for each upstream, and whether any can be watched. Where the probe was attached, `watched` are the cgroups that it was attached
+/// to, and `mount` is the root of all.
+pub(super) fn checks(config: &Config, mount: Option<&Path>, watched: &[&Path]) -> (Vec<Check>, bool) {
+    let is_watched = |pid: u32| {
+        let inside = |path: &str| path.trim_start_matches('/').to_owned();
+        let place = mount
+            .zip(cgroup_of(pid))
+            .map(|(mount, path)| mount.join(inside(&path)));
+        place.is_none_or(|place| watched.iter().any(|outer| place.starts_with(outer)))
+    };
     let places: Vec<Place> = config.upstreams.iter().map(place).collect();
     let checks = config.upstreams.iter().zip(&places);
     let can_any = places
@@ -39,7 +48,7 @@ pub(super) fn checks(config: &Config) -> (Vec<Check>, bool) {
     let checks = checks.map(|(upstream, place)| {
         let port = upstream.url.port();
         if config.tap_ports().contains(&port) {
-            check(upstream.name.as_str(), place)
+            check(upstream.name.as_str(), place, is_watched)
         } else {
             line(
                 Check::warning,
@@ -80,7 +89,7 @@ fn line(make: fn(&str, &'static str, String) -> Check, upstream: &str, found: St
     make("tap", "socket", format!("{upstream}: {found}"))
 }
 
-fn check(upstream: &str, place: &Place) -> Check {
+fn check(upstream: &str, place: &Place, is_watched: impl Fn(u32) -> bool) -> Check {
     match place {
         Place::Here(Owner::Process { name, .. }) if FORWARDERS.contains(&name.as_str()) => {
             line(Check::warning, upstream, format!("{name} listens, in place of a server in a container")).advise(
@@ -88,12 +97,23 @@ fn check(upstream: &str, place: &Place) -> Check {
                  the port within the container",
             )
         }
-        Place::Here(owner @ Owner::Process { pid, .. }) => {
-            line(Check::ok, upstream, format!("{owner} listens, in cgroup {}", cgroup_of(*pid)))
-        }
-        Place::Container(owner @ Owner::Process { pid, .. }) => {
-            line(Check::ok, upstream, format!("{owner} listens in a container, in cgroup {}", cgroup_of(*pid)))
-        }
+        // The tap goes by the socket here, which may be in another cgroup than its process.
+        Place::Here(owner @ Owner::Process { pid, .. }) => line(
+            Check::ok,
+            upstream,
+            format!("{owner} listens, in cgroup {}", shown_cgroup(*pid)),
+        ),
+        Place::Container(owner @ Owner::Process { pid, .. }) if is_watched(*pid) => line(
+            Check::ok,
+            upstream,
+            format!("{owner} listens in a container, in cgroup {}", shown_cgroup(*pid)),
+        ),
+        Place::Container(owner @ Owner::Process { pid, .. }) => line(
+            Check::warning,
+            upstream,
+            format!("{owner} listens in a container, in cgroup {}, which is not watched", shown_cgroup(*pid)),
+        )
+        .advise("set tap.cgroup to / (all cgroups), or to one that all upstreams are in"),
         Place::Here(_) | Place::Container(_) => {
             line(Check::unknown, upstream, "nobody that can be seen listens on its address".to_owned()).advise(
                 "until it listens, the root of all cgroups is watched; processes of other users are seen by root alone",
@@ -107,16 +127,20 @@ fn check(upstream: &str, place: &Place) -> Check {
     }
 }
 
-/// The cgroup of a process in the unified hierarchy, as /proc tells it. A socket belongs to the one that its process was in when
-/// it was made, which nearly always is this one.
-fn cgroup_of(pid: u32) -> String {
-    let table = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-    let path = unified(&table).unwrap_or("that /proc does not tell");
+/// The cgroup of a process in the unified hierarchy, as /proc tells it.
+fn cgroup_of(pid: u32) -> Option<String> {
+    let table = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    unified(&table).map(str::to_owned)
+}
+
+fn shown_cgroup(pid: u32) -> String {
+    let path = cgroup_of(pid);
+    let path = path.as_deref().unwrap_or("that /proc does not tell");
     path.escape_debug().to_string()
 }
 
 /// The path in a table of cgroup(7): the unified hierarchy has number 0 and no controllers.
-pub(super) fn unified(table: &str) -> Option<&str> {
+fn unified(table: &str) -> Option<&str> {
     table.lines().find_map(|line| line.strip_prefix("0::"))
 }
 
@@ -140,14 +164,18 @@ mod tests {
             Place::Here(Owner::Ourselves)
         );
         // TEST-NET-1, which no machine has.
-        let (lines, can_any) = checks(&config("http://192.0.2.1:8000", ""));
+        let (lines, can_any) = checks(&config("http://192.0.2.1:8000", ""), None, &[]);
         assert_eq!((lines[0].state, can_any), (State::Warning, false));
         assert!(lines[0].found.contains("another machine"), "{lines:?}");
     }
 
     #[test]
     fn a_port_that_is_not_watched_is_named() {
-        let (lines, _) = checks(&config("http://127.0.0.1:8000", "tap: {ports: [9000]}\n"));
+        let (lines, _) = checks(
+            &config("http://127.0.0.1:8000", "tap: {ports: [9000]}\n"),
+            None,
+            &[],
+        );
         assert!(
             lines[0].state == State::Warning && lines[0].found.contains("8000"),
             "{lines:?}"
@@ -160,15 +188,29 @@ mod tests {
             pid: std::process::id(),
             name: name.to_owned(),
         };
-        let forwarded = check("chat", &Place::Here(owner("docker-proxy")));
+        let forwarded = check("chat", &Place::Here(owner("docker-proxy")), |_| true);
         assert!(
             forwarded.state == State::Warning && forwarded.advice.contains("container:ID"),
             "{forwarded:?}"
         );
-        let direct = check("chat", &Place::Here(owner("python3")));
+        let direct = check("chat", &Place::Here(owner("python3")), |_| false);
         assert!(
             direct.state == State::Ok && direct.found.contains("in cgroup /"),
             "{direct:?}"
+        );
+    }
+
+    #[test]
+    fn a_server_in_a_container_must_be_in_a_cgroup_that_is_watched() {
+        let place = Place::Container(Owner::Process {
+            pid: std::process::id(),
+            name: "python3".to_owned(),
+        });
+        assert_eq!(check("chat", &place, |_| true).state, State::Ok);
+        let unseen = check("chat", &place, |_| false);
+        assert!(
+            unseen.state == State::Warning && unseen.found.contains("not watched"),
+            "{unseen:?}"
         );
     }
 

@@ -4,7 +4,8 @@ use super::{Check, Part};
 use crate::config::Config;
 #[cfg(target_os = "linux")]
 use crate::tap::{
-    cgroup::{Cgroup, mount_point},
+    attachment::Attachment,
+    cgroup::Hierarchy,
     error::TapError,
     probe::{Probe, Watch},
 };
@@ -12,15 +13,27 @@ use crate::tap::{
 /// What the probe needs, itself, and what it would see.
 #[cfg(target_os = "linux")]
 pub(super) fn checks(config: &Config) -> Vec<Check> {
-    let mut checks = vec![match mount_point() {
-        Ok(mount) => Check::ok("tap", "cgroup2", format!("mounted at {}", mount.display())),
-        Err(error) => refused("cgroup2", &error),
+    let hierarchy = Hierarchy::find();
+    let mut checks = vec![match &hierarchy {
+        Ok(found) => Check::ok(
+            "tap",
+            "cgroup2",
+            format!("mounted at {}", found.mount().display()),
+        ),
+        Err(error) => refused("cgroup2", error),
     }];
-    checks.push(match load(config) {
-        Ok(()) => Check::ok("tap", "probe", "it loads, and can be attached"),
-        Err(error) => refused("probe", &error),
+    let attached = attach(config);
+    checks.push(match &attached {
+        Ok(place) => Check::ok(
+            "tap",
+            "probe",
+            format!("it loads, and can be attached to {}", described(place)),
+        ),
+        Err(error) => refused("probe", error),
     });
-    let (sockets, can_any) = super::cgroup::checks(config);
+    let watched: Vec<_> = attached.iter().flat_map(Attachment::paths).collect();
+    let mount = hierarchy.as_ref().map(Hierarchy::mount).ok();
+    let (sockets, can_any) = super::cgroup::checks(config, mount.filter(|_| !watched.is_empty()), &watched);
     checks.extend(sockets);
     if !can_any {
         checks.push(
@@ -36,13 +49,19 @@ pub(super) fn checks(config: &Config) -> Vec<Check> {
     checks
 }
 
-/// Loads the probe as the gateway would, and watches the root of all cgroups until this returns; nobody reads what it sees.
+/// Loads the probe and attaches it as the gateway would, but without a helper. Nobody reads what it sees, and it is gone with what
+/// this returns.
 #[cfg(target_os = "linux")]
-fn load(config: &Config) -> Result<(), TapError> {
-    let probe = Probe::load(&Watch::of(config))?;
-    let root = Cgroup::open(&mount_point()?)?;
-    drop(probe.programs.attach(&root)?);
-    Ok(())
+fn attach(config: &Config) -> Result<Attachment, TapError> {
+    let watch = Watch::of(config);
+    let probe = Probe::load(&watch)?;
+    Attachment::make(probe.programs, &config.tap.cgroup, &watch.ports, None)
+}
+
+#[cfg(target_os = "linux")]
+fn described(place: &Attachment) -> String {
+    let paths: Vec<String> = place.paths().map(|path| path.display().to_string()).collect();
+    format!("{} ({})", paths.join(" and "), place.located().how)
 }
 
 /// The error says what to do, behind its reason.

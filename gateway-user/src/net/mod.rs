@@ -187,20 +187,21 @@ fn explain(source: io::Error, addr: SocketAddr, what: &'static str, setting: &'s
     }
 }
 
-/// Who listens on an address of this machine, as far as the system tells.
+/// Who listens on `addr`, or on its port everywhere; for an unspecified address, who listens on its port at all.
 #[cfg(target_os = "linux")]
 pub fn owner_of(addr: SocketAddr) -> Owner {
     owner::find(addr)
 }
 
-/// Who listens on an address of a container of this machine, as far as the system tells.
+/// Who listens on an address of a container of this machine.
 #[cfg(target_os = "linux")]
 pub fn owner_in_containers(addr: SocketAddr) -> Owner {
     owner::find_in_containers(addr)
 }
 
+/// Elsewhere the system does not say.
 #[cfg(not(target_os = "linux"))]
-fn owner_of(_: SocketAddr) -> Owner {
+pub fn owner_of(_: SocketAddr) -> Owner {
     Owner::Unknown
 }
 

@@ -40,11 +40,20 @@ pub fn check() -> Result<(), TapError> {
 /// # Errors
 /// [`TapError::Threads`] if there are more threads, else [`TapError::Drop`].
 pub fn drop_all() -> Result<(), TapError> {
+    check_threads()?;
+    keep_only(CapabilitySet::empty()).map_err(|source| TapError::Drop { source })
+}
+
+/// Whether this thread is the only one.
+///
+/// # Errors
+/// [`TapError::Threads`].
+pub fn check_threads() -> Result<(), TapError> {
     let threads = std::fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
     if threads > 1 {
         return Err(TapError::Threads { threads });
     }
-    keep_only(CapabilitySet::empty()).map_err(|source| TapError::Drop { source })
+    Ok(())
 }
 
 /// Keeps what attaching takes and gives up the rest; for the process that does nothing else.

@@ -1,30 +1,38 @@
-//! The boundary between the kernel probe and TCP reassembly: what the probe says of a part of a connection.
+//! A TCP segment, as a probe beside the server's socket sees it.
 
 use crate::wire::At;
 use crate::wire::connection::Direction;
 use std::net::SocketAddr;
 
-/// One TCP segment, or a part of one, as a socket of the server got or sent it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A segment that carries payload, SYN, FIN or RST. A packet too large for one record comes as several, with advancing sequence
+/// numbers and FIN on the last.
+#[derive(Clone, Copy, Debug)]
 pub struct Segment<'a> {
-    /// When the kernel saw it, on `CLOCK_MONOTONIC`.
+    /// When the packet passed the probe, by the kernel's monotonic clock.
     pub at: At,
-    /// The client's end.
+    /// The client's address.
     pub client: SocketAddr,
-    /// The server's end.
+    /// The server's address.
     pub server: SocketAddr,
-    /// Which way it went.
+    /// Who sent it.
     pub direction: Direction,
-    /// It opens its direction. The payload begins one behind `sequence`.
+    /// It opens the connection.
     pub syn: bool,
-    /// Its sender has nothing more to say.
+    /// It ends the sender's bytes.
     pub fin: bool,
-    /// It tears the connection down.
+    /// It breaks the connection off.
     pub rst: bool,
-    /// Sequence number of the first byte, or of the SYN.
+    /// Sequence number of its first payload byte; of the SYN when there is one, which takes a number of its own.
     pub sequence: u32,
-    /// Length of the payload.
+    /// How much payload it carries.
     pub len_bytes: u32,
-    /// As much of the payload as was captured, from its first byte on; at most `len_bytes`.
+    /// The first bytes of its payload: all of them, some, or none.
     pub captured: &'a [u8],
+}
+
+impl Segment<'_> {
+    /// Sequence number of the first payload byte, or of what would be there.
+    pub fn payload_sequence(&self) -> u32 {
+        self.sequence.wrapping_add(u32::from(self.syn))
+    }
 }

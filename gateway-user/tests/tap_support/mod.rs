@@ -3,6 +3,7 @@
 //! The server is this very program, started again: the test binary must run where nothing else of the project is.
 
 use rustix::process::{Pid, Signal, kill_process};
+use socket2::{Domain, Socket, Type};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -12,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-use vllm_gateway::tap::cgroup::{Cgroup, mount_point};
+use vllm_gateway::config::Config;
+use vllm_gateway::tap::Tap;
+use vllm_gateway::tap::cgroup::{Cgroup, Hierarchy};
 use vllm_gateway::tap::link::Links;
 use vllm_gateway::tap::probe::{Probe, Watch};
 use vllm_gateway::tap::segment::Segment;
@@ -50,8 +53,10 @@ impl TestCgroup {
     pub fn make() -> TestCgroup {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let mount = mount_point().expect("cgroup2 is mounted");
-        let path = mount.join(format!("tap-probe-{}-{number}", std::process::id()));
+        let hierarchy = Hierarchy::find().expect("cgroup2 is mounted");
+        let path = hierarchy
+            .mount()
+            .join(format!("tap-probe-{}-{number}", std::process::id()));
         fs::create_dir(&path).expect("a cgroup; these tests run as root");
         TestCgroup { path }
     }
@@ -169,6 +174,24 @@ impl Drop for Actor {
     }
 }
 
+/// The roles that talk otherwise than by orders.
+const ATTACHER: &str = "attacher";
+const STATUS: &str = "status";
+
+/// Attaches for another process, or shows its own capabilities, if it was started for that.
+pub fn play_attacher(serve: fn() -> std::io::Result<()>) {
+    match std::env::var(ROLE).as_deref() {
+        Ok(ATTACHER) => serve().expect("a gateway on standard input"),
+        Ok(STATUS) => print!(
+            "{} {}",
+            capabilities("self", "CapEff"),
+            capabilities("self", "CapPrm")
+        ),
+        _ => return,
+    }
+    std::process::exit(0);
+}
+
 /// What an actor does with an order; the answer is one line.
 pub trait Part {
     fn act(&mut self, words: &[&str]) -> String;
@@ -218,7 +241,10 @@ impl Part for Server {
         match words[0] {
             "listen" => {
                 let ip: IpAddr = words[1].parse().expect("an address");
-                let listener = self.listener.insert(TcpListener::bind((ip, 0)).expect("a port"));
+                let port = words.get(2).map_or(0, |port| port.parse().expect("a port"));
+                let listener = self
+                    .listener
+                    .insert(TcpListener::bind((ip, port)).expect("a port"));
                 listener.local_addr().expect("an address").port().to_string()
             }
             "accept" => {
@@ -248,13 +274,144 @@ impl Part for Server {
                 "ok".to_owned()
             }
             "reset" => {
-                let connection = socket2::Socket::from(self.connection.take().expect("a connection"));
+                let connection = Socket::from(self.connection.take().expect("a connection"));
                 connection.set_linger(Some(Duration::ZERO)).expect("an option");
                 "ok".to_owned()
             }
             other => panic!("no such order: {other}"),
         }
     }
+}
+
+/// A tap as the gateway opens it, in a process of its own.
+#[derive(Default)]
+pub struct TapProcess {
+    tap: Option<Tap>,
+}
+
+impl TapProcess {
+    fn tap(&mut self) -> &mut Tap {
+        self.tap.as_mut().expect("it is open")
+    }
+
+    fn located(&mut self) -> String {
+        let tap = self.tap();
+        let paths: Vec<String> = tap
+            .attachment
+            .paths()
+            .map(|path| path.display().to_string())
+            .collect();
+        format!("{} {:?}", paths.join(","), tap.attachment.located().how)
+    }
+}
+
+impl Part for TapProcess {
+    fn act(&mut self, words: &[&str]) -> String {
+        match words[0] {
+            "open" => {
+                let mut config = Config::default();
+                config.tap.ports = vec![words[1].parse().expect("a port")];
+                config.tap.reattach = words[2] == "true";
+                let mut helper = Command::new("/proc/self/exe");
+                helper.env(ROLE, ATTACHER);
+                match Tap::open(&config, helper) {
+                    Ok(tap) => {
+                        self.tap = Some(tap);
+                        self.located()
+                    }
+                    Err(error) => error.to_string().replace('\n', " "),
+                }
+            }
+            "located" => self.located(),
+            "check" => match self.tap().attachment.check() {
+                Ok(change) => format!("{change:?}"),
+                Err(error) => error.to_string(),
+            },
+            "counts" => {
+                let counters = &self.tap().counters;
+                let (ingress, egress) = (counters.ingress(), counters.egress());
+                format!(
+                    "{} {}",
+                    ingress.submitted + egress.submitted,
+                    ingress.lost() + egress.lost()
+                )
+            }
+            "drain" => {
+                let mut records = 0;
+                while self.tap().ring.drain(64, &mut |_| records += 1) == 64 {}
+                records.to_string()
+            }
+            // Effective, permitted, inheritable and ambient ones.
+            "capabilities" => ["CapEff", "CapPrm", "CapInh", "CapAmb"]
+                .map(|set| capabilities("self", set))
+                .join(" "),
+            "run" => {
+                let status = Command::new("/proc/self/exe")
+                    .env(ROLE, STATUS)
+                    .output()
+                    .expect("this program");
+                String::from_utf8(status.stdout).expect("text")
+            }
+            // What the helper holds.
+            "helper" => {
+                let own = std::process::id();
+                let children = fs::read_to_string(format!("/proc/self/task/{own}/children")).expect("a list");
+                children
+                    .split_ascii_whitespace()
+                    .next()
+                    .map_or("none".to_owned(), |child| capabilities(child, "CapPrm"))
+            }
+            other => panic!("no such order: {other}"),
+        }
+    }
+}
+
+/// A set of a process's capabilities, in hexadecimal.
+fn capabilities(process: &str, set: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).expect("it runs");
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(set))
+        .expect("Linux says so");
+    let digits = line.trim_start_matches([':', '\t', '0']);
+    if digits.is_empty() {
+        "0".to_owned()
+    } else {
+        digits.to_owned()
+    }
+}
+
+/// How many segments this machine sent again so far.
+pub fn retransmitted() -> u64 {
+    let table = fs::read_to_string("/proc/net/snmp").expect("a table");
+    let mut lines = table.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+    let mut columns = names.split(' ').zip(values.split(' '));
+    let (_, value) = columns
+        .find(|(name, _)| *name == "RetransSegs")
+        .expect("a column");
+    value.parse().expect("a number")
+}
+
+/// A connection whose packets have an extension header, as RFC 8200 §4.6 defines it, before TCP's.
+pub fn connect_with_options(addr: SocketAddr) -> TcpStream {
+    const IPV6_DSTOPTS: libc::c_int = 59;
+    let socket = Socket::new(Domain::IPV6, Type::STREAM, None).expect("a socket");
+    // The next header, which the kernel fills in; no further eight bytes; and an option (PadN) of four bytes of padding.
+    let header: [u8; 8] = [0, 0, 1, 4, 0, 0, 0, 0];
+    // SAFETY: the header is as long as said and lives until the call is over.
+    let failed = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IPV6,
+            IPV6_DSTOPTS,
+            header.as_ptr().cast(),
+            header.len() as libc::socklen_t,
+        )
+    };
+    assert_eq!(failed, 0, "{}", std::io::Error::last_os_error());
+    socket.connect(&addr.into()).expect("a connection");
+    socket.into()
 }
 
 /// Bytes of which each run of some length is where it is and nowhere else.
