@@ -116,7 +116,7 @@ fn check(upstream: &str, place: &Place, is_watched: impl Fn(u32) -> bool) -> Che
         .advise("set tap.cgroup to / (all cgroups), or to one that all upstreams are in"),
         Place::Here(_) | Place::Container(_) => {
             line(Check::unknown, upstream, "nobody that can be seen listens on its address".to_owned()).advise(
-                "until it listens, the root of all cgroups is watched; processes of other users are seen by root alone",
+                "start it: a tap that runs looks again every second (tap.reattach); processes of other users are seen by root alone",
             )
         }
         Place::Elsewhere => {
