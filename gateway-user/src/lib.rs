@@ -7,6 +7,7 @@ pub mod clock;
 pub mod config;
 pub mod correlate;
 pub mod descriptors;
+pub mod doctor;
 pub mod event;
 pub mod gateway;
 pub mod identity;

@@ -137,6 +137,24 @@ pub fn known_version() -> u32 {
     MIGRATIONS.last().map_or(0, |migration| migration.version)
 }
 
+/// Which version of the schema a database has, without touching it; `None` when it has none yet, or does not exist.
+///
+/// # Errors
+/// When ClickHouse cannot be asked.
+pub async fn found_version(client: &Client, database: &str) -> Result<Option<u32>, Error> {
+    let tables: u64 = client
+        .query("SELECT count() FROM system.tables WHERE database = ? AND name = 'schema_migrations'")
+        .bind(database)
+        .fetch_one()
+        .await?;
+    if tables == 0 {
+        return Ok(None);
+    }
+    let client = client.clone().with_database(database);
+    let version = version(&client).await?;
+    Ok((version > 0).then_some(version))
+}
+
 /// The database, and the table that knows its version.
 const BOOTSTRAP: &str = "
 CREATE DATABASE IF NOT EXISTS {database}{on_cluster};

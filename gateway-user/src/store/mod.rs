@@ -34,7 +34,7 @@
 //! Nothing here knows ClickHouse, or sends anything. The journal does not count against `spool.max_bytes`: it is bounded by the
 //! requests in flight. Directories are locked with `flock`, which some network file systems do not share between machines.
 
-mod directory;
+pub(crate) mod directory;
 pub mod embedded;
 pub mod figures;
 mod journal;
@@ -45,7 +45,7 @@ pub mod queue;
 mod recover;
 mod scan;
 mod sealed;
-mod segment;
+pub(crate) mod segment;
 pub mod sender;
 pub mod service;
 mod spool;
