@@ -11,10 +11,7 @@ const LISTENING: &str = "0A";
 
 /// Who listens on `addr`, or on its port everywhere (either would be in the way).
 pub(super) fn find(addr: SocketAddr) -> Owner {
-    let sockets: Vec<String> = ["/proc/self/net/tcp", "/proc/self/net/tcp6"]
-        .iter()
-        .filter_map(|table| fs::read_to_string(table).ok())
-        .flat_map(|table| listening_on(&table, addr))
+    let sockets: Vec<String> = sockets_on(addr)
         .map(|inode| format!("socket:[{inode}]"))
         .collect();
     let Some(pid) = holder_of(&sockets) else {
@@ -28,6 +25,19 @@ pub(super) fn find(addr: SocketAddr) -> Owner {
         pid,
         name: name.trim_end().to_owned(),
     }
+}
+
+/// Whether anyone does, seen or not.
+pub(super) fn is_listened_on(addr: SocketAddr) -> bool {
+    sockets_on(addr).next().is_some()
+}
+
+/// The inodes of the sockets that listen there.
+fn sockets_on(addr: SocketAddr) -> impl Iterator<Item = String> {
+    ["/proc/self/net/tcp", "/proc/self/net/tcp6"]
+        .into_iter()
+        .filter_map(|table| fs::read_to_string(table).ok())
+        .flat_map(move |table| listening_on(&table, addr))
 }
 
 /// The inodes of listening sockets in the way of `addr`. Columns: slot, local address, remote address, state, two of queues and

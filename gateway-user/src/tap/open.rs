@@ -41,3 +41,16 @@ impl Tap {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn its_parts_can_go_to_threads_of_their_own() {
+        fn is_send<T: Send>() {}
+        is_send::<Ring>();
+        is_send::<Counters>();
+        is_send::<Attachment>();
+    }
+}
