@@ -44,6 +44,11 @@ fn owner(holder: Option<u32>) -> Owner {
     }
 }
 
+/// Whether anyone does in this network namespace, seen or not.
+pub(super) fn is_listened_on(addr: SocketAddr) -> bool {
+    !sockets("self", addr).is_empty()
+}
+
 /// The listening sockets in the way of `addr`, in the network of a process, as its descriptors name them.
 fn sockets(process: &str, addr: SocketAddr) -> Vec<String> {
     ["tcp", "tcp6"]
