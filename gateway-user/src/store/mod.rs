@@ -36,9 +36,11 @@
 
 pub(crate) mod directory;
 pub mod embedded;
+mod exception;
 pub mod figures;
 mod journal;
 mod keeper;
+mod lines;
 pub mod migrate;
 mod names;
 pub mod queue;
@@ -54,7 +56,9 @@ mod supply;
 #[cfg(test)]
 mod testing;
 pub mod waiting;
+mod windows;
 
+pub use exception::WaitCause;
 pub use names::BatchId;
 pub use sealed::Batch;
 pub use spool::{Spool, Ticket};

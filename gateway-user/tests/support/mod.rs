@@ -17,6 +17,8 @@ use vllm_gateway::config::Config;
 use vllm_gateway::event::{EventSink, RequestEvent};
 use vllm_gateway::gateway::{self, Gateway};
 
+pub mod front;
+pub mod installed;
 pub mod upstream;
 
 /// How long a test waits for something that must happen. Far above what it takes, for a busy machine.
