@@ -11,6 +11,7 @@ pub mod event;
 pub mod gateway;
 pub mod identity;
 pub mod ids;
+pub mod ledger;
 pub mod metrics;
 pub mod net;
 pub mod proxy;
