@@ -1,6 +1,7 @@
 //! What each window of each upstream cost whom: money as a pure function of stored facts.
 //!
 //! * [`time`] and [`money`] hold the units: whole microseconds, whole nano-USD.
+//! * [`segment`] cuts a request at the edges of windows.
 //! * [`price`] says what an upstream costs at each moment; [`method`] by which rules that is shared out.
 //! * [`share`] divides the time of an upstream between the requests that ran on it.
 //! * [`facts`] is what is known of one window of one upstream, and [`allocate()`] makes the rows of `cost_ledger` ([`row`]) out of it.
@@ -19,6 +20,7 @@ pub mod money;
 pub mod price;
 pub mod rates;
 pub mod row;
+pub mod segment;
 mod share;
 pub mod time;
 
@@ -29,6 +31,7 @@ pub use money::NanoUsd;
 pub use price::{Price, PriceError, PriceList};
 pub use rates::{PerMillion, Rate, RateCard, Usage};
 pub use row::{CostRow, Edition, State};
+pub use segment::{Cutter, Point, Run, SegmentRow, Slice, Wait, scheduled};
 pub use time::{Micros, Span, Window};
 
 #[cfg(test)]
