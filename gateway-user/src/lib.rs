@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod net;
 pub mod proxy;
 pub mod report;
+pub mod segments;
 pub mod store;
 pub mod tap;
 pub mod trace;
