@@ -2,6 +2,7 @@
 //!
 //! * [`time`] and [`money`] hold the units: whole microseconds, whole nano-USD.
 //! * [`segment`] cuts a request at the edges of windows.
+//! * [`engine`] makes what an engine said at its scrapes a view of each window.
 //! * [`price`] says what an upstream costs at each moment; [`method`] by which rules that is shared out.
 //! * [`share`] divides the time of an upstream between the requests that ran on it.
 //! * [`facts`] is what is known of one window of one upstream, and [`allocate()`] makes the rows of `cost_ledger` ([`row`]) out of it.
@@ -14,6 +15,7 @@
 //! Left out: where the facts come from, when a window is settled, and which revision of it stands.
 
 mod allocate;
+pub mod engine;
 pub mod facts;
 pub mod method;
 pub mod money;
@@ -25,6 +27,7 @@ mod share;
 pub mod time;
 
 pub use allocate::allocate;
+pub use engine::{Scrape, Totals, settle, view};
 pub use facts::{Account, Condition, EngineSpan, EngineView, Segment, WindowFacts, Work};
 pub use method::{Method, Millionths, Weights};
 pub use money::NanoUsd;
