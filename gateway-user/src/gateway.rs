@@ -68,13 +68,14 @@ impl Gateway {
         if let Some(tap) = &tap {
             metrics.show_tap(Arc::downgrade(tap))?;
         }
+        let waits = Arc::clone(&books.waits) as Arc<dyn SampleSink>;
         let beside = tap.clone().map(|tap| tap as Arc<dyn Beside>);
         Ok(Gateway {
             shared: Shared::new(config, metrics, books, beside),
             listeners,
             admin,
             readiness,
-            samples: outlets.samples,
+            samples: [waits].into_iter().chain(outlets.samples).collect(),
             tap,
         })
     }
