@@ -266,6 +266,21 @@ mod kernel {
         });
     }
 
+    fn the_verifier_is_far_from_giving_up() {
+        let _stage = Stage::set("127.0.0.1", everything());
+        let programs = aya::programs::loaded_programs().filter_map(Result::ok);
+        let steps: Vec<u32> = programs
+            .filter(|program| matches!(program.name_as_str(), Some("ingress" | "egress")))
+            .filter_map(|program| program.verified_instruction_count())
+            .collect();
+        println!("the verifier took {steps:?} steps");
+        // It gives up after a million, and each kernel counts otherwise.
+        assert!(
+            steps.len() >= 2 && steps.iter().all(|&steps| steps < 500_000),
+            "{steps:?}"
+        );
+    }
+
     fn another_port_is_not_seen() {
         let mut stage = Stage::set("127.0.0.1", everything());
         let mut other = Actor::start("server", Some(&stage.cgroup));
@@ -437,6 +452,10 @@ mod kernel {
         (
             "what_a_full_ring_loses_is_counted_to_the_byte",
             what_a_full_ring_loses_is_counted_to_the_byte,
+        ),
+        (
+            "the_verifier_is_far_from_giving_up",
+            the_verifier_is_far_from_giving_up,
         ),
         ("another_port_is_not_seen", another_port_is_not_seen),
         ("another_cgroup_is_not_seen", another_cgroup_is_not_seen),
