@@ -3,13 +3,14 @@
 //! The project neither builds nor ships it: it comes from the npm package that libchdb's makers publish, whose digest npm checks. It
 //! goes where the gateway looks for it, outside of the workspace, and is fetched once for each version.
 
-use std::env::{self, consts};
+use std::env::consts;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::cache;
 use crate::stage::run;
 
 /// The version that the gateway was tested with: the gateway reads the same file.
@@ -26,7 +27,8 @@ const LIBRARY_MIN_BYTES: u64 = 100 << 20;
 /// # Errors
 /// When npm is missing or fails, or there is no library for this machine.
 pub fn get() -> Result<()> {
-    let target = cache_directory(|name| env::var_os(name).map(PathBuf::from))?;
+    // Where the gateway looks for it.
+    let target = cache::directory(&format!("libchdb/{VERSION}"))?;
     let library = target.join(LIBRARY);
     if is_library(&library) {
         println!("libchdb {VERSION} is at {}", library.display());
@@ -99,14 +101,6 @@ fn package(system: &str, processor: &str) -> Result<String> {
     Ok(format!("@chdb/lib-{platform}@{VERSION}"))
 }
 
-/// Where the gateway looks: `$XDG_CACHE_HOME/vllm-gateway/libchdb/<version>`, or below `$HOME/.cache`.
-fn cache_directory(variable: impl Fn(&str) -> Option<PathBuf>) -> Result<PathBuf> {
-    let set = |name| variable(name).filter(|value| !value.as_os_str().is_empty());
-    let cache = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
-    let cache = cache.context("neither XDG_CACHE_HOME nor HOME is set: there is no place for the library")?;
-    Ok(cache.join("vllm-gateway/libchdb").join(VERSION))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,22 +125,6 @@ mod tests {
             VERSION.split('.').count() == 3 && VERSION.split('.').all(|part| part.parse::<u32>().is_ok()),
             "{VERSION}"
         );
-    }
-
-    #[test]
-    fn the_cache_is_where_the_gateway_looks() {
-        let only =
-            |wanted: &'static str| move |name: &str| (name == wanted).then(|| PathBuf::from("/somewhere"));
-        let rest = format!("vllm-gateway/libchdb/{VERSION}");
-        assert_eq!(
-            cache_directory(only("XDG_CACHE_HOME")).unwrap(),
-            Path::new("/somewhere").join(&rest)
-        );
-        assert_eq!(
-            cache_directory(only("HOME")).unwrap(),
-            Path::new("/somewhere/.cache").join(&rest)
-        );
-        assert!(cache_directory(|_| None).is_err());
     }
 
     #[test]

@@ -2,18 +2,24 @@
 
 mod bench;
 mod build_ebpf;
+mod cache;
 mod clickhouse;
 mod dev;
 mod fuzz;
+mod guest;
+mod http;
 /// The gateway's own listeners, which know who holds a port. The file is compiled in: to depend on the library for it would make
 /// every command wait until all of the gateway is built.
 #[path = "../../gateway-user/src/net/mod.rs"]
 #[allow(dead_code, reason = "one of its functions is needed here")]
 mod net;
+mod power_cut;
 mod stage;
 mod test;
+mod test_kernels;
 mod tidy;
 mod tools;
+mod watched;
 
 use std::path::Path;
 
@@ -33,6 +39,10 @@ enum Command {
     Dev(dev::Options),
     /// Install what the tests need, then check formatting, lints and documentation, and run all tests.
     Test,
+    /// Run the programs on the kernels of other Debian releases, under emulation.
+    TestKernels,
+    /// Cut the power of a machine under load, and compare what its disk has with what clients saw end.
+    TestPowerCut,
     /// Measure; for a quiet machine, and no part of the tests.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -50,6 +60,8 @@ fn main() -> Result<()> {
     match cli.command {
         Command::Dev(options) => dev::run(root, &options),
         Command::Test => test::run(root),
+        Command::TestKernels => test_kernels::run(root),
+        Command::TestPowerCut => power_cut::run(root),
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
         Command::BuildEbpf => build_ebpf::run(root),

@@ -1,6 +1,8 @@
 //! Commands that run one after another, and how long each took.
 
+use std::env;
 use std::fmt::{self, Display, Formatter};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -35,6 +37,13 @@ impl Display for Stages {
         }
         Ok(())
     }
+}
+
+/// Cargo in the workspace at `root`: the one that runs us, so that a `+toolchain` on the command line holds for all that it starts.
+pub fn cargo(root: &Path) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root);
+    command
 }
 
 /// Runs a command to its end; its output goes where ours goes.

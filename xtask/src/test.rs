@@ -2,15 +2,12 @@
 //!
 //! The tests run last and nothing is printed after them, so that the last line is their own result.
 
-use std::env;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::Result;
 
-use crate::clickhouse;
-use crate::stage::{Stages, run as run_command};
-use crate::tools;
+use crate::stage::{self, Stages};
+use crate::{clickhouse, guest, power_cut, test_kernels, tools};
 
 /// Runs all stages in the workspace at `root`.
 ///
@@ -18,9 +15,8 @@ use crate::tools;
 /// At the first stage that fails.
 pub fn run(root: &Path) -> Result<()> {
     let cargo = |arguments: &[&str]| {
-        // The cargo that runs us, so that a `+toolchain` on the command line holds for all stages.
-        let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        command.current_dir(root).args(arguments);
+        let mut command = stage::cargo(root);
+        command.args(arguments);
         command
     };
     let mut stages = Stages::default();
@@ -46,6 +42,11 @@ pub fn run(root: &Path) -> Result<()> {
         "doc tests",
         &mut cargo(&["test", "--workspace", "--locked", "--doc"]),
     )?;
+    let kernels = guest::kernels()?;
+    if let Some(oldest) = kernels.first() {
+        stages.time("kernels", || test_kernels::on(&kernels, root))?;
+        stages.time("power cut", || power_cut::with(oldest, root))?;
+    }
     println!("\n{stages}\n── tests (their seconds are in their own results)");
-    run_command(&mut cargo(&tests))
+    stage::run(&mut cargo(&tests))
 }

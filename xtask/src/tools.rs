@@ -61,6 +61,24 @@ pub const FOR_BENCHES: [Tool; 2] = [
     },
 ];
 
+/// What guests under emulation need, and their disks.
+pub const FOR_GUESTS: [Tool; 2] = [
+    Tool {
+        name: "qemu",
+        probe: &["qemu-system-x86_64", "--version"],
+        debian_package: "qemu-system-x86",
+        brew_formula: "qemu",
+        needed_by: "whatever runs on another kernel or cuts the power",
+    },
+    Tool {
+        name: "mke2fs",
+        probe: &["mke2fs", "-V"],
+        debian_package: "e2fsprogs",
+        brew_formula: "e2fsprogs",
+        needed_by: "the test of a power cut",
+    },
+];
+
 /// Not needed by a test, hence not one of those.
 const PROMETHEUS: Tool = Tool {
     name: "prometheus",
@@ -148,7 +166,8 @@ fn install(missing: &[&Tool]) -> Result<()> {
         command
             .env("DEBIAN_FRONTEND", "noninteractive")
             .stdin(Stdio::null())
-            .arg("-qq");
+            // Another installation may be under way, as after the start of a machine.
+            .args(["-qq", "-o", "DPkg::Lock::Timeout=300"]);
         command
     };
     run(apt_get().arg("update"))?;
@@ -246,7 +265,7 @@ mod tests {
 
     #[test]
     fn advice_names_the_tool_its_packages_and_what_is_skipped() {
-        for tool in FOR_TESTS.iter().chain(&FOR_BENCHES) {
+        for tool in FOR_TESTS.iter().chain(&FOR_BENCHES).chain(&FOR_GUESTS) {
             let advice = tool.advice();
             for part in [tool.name, tool.debian_package, tool.brew_formula, tool.needed_by] {
                 assert!(advice.contains(part), "no `{part}` in: {advice}");

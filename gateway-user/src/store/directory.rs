@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 const LOCK_FILE: &str = "lock";
 
 /// Where rows go that cannot be stored.
-const QUARANTINE_DIR: &str = "quarantine";
+pub const QUARANTINE_DIR: &str = "quarantine";
 
 /// How long a start waits for the lock: a predecessor may still be closing, and a neighbour holds it for a moment while it looks for
 /// files that were left behind.
@@ -72,6 +72,16 @@ impl DirLock {
             .ok()?;
         file.try_lock().ok()?;
         Some(DirLock { _file: file })
+    }
+}
+
+/// Who uses a directory right now, as far as it is known; `None` when nobody does, or none has ever.
+pub fn user_of(dir: &Path) -> Option<String> {
+    // Read only: it must not look like a gateway, nor need its rights.
+    let mut file = File::open(dir.join(LOCK_FILE)).ok()?;
+    match file.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => Some(holder(&mut file)),
+        _ => None,
     }
 }
 
@@ -200,6 +210,10 @@ mod tests {
         let dir = TempDir::new();
         let held = DirLock::acquire(dir.path()).expect("it is free");
         assert!(DirLock::try_existing(dir.path()).is_none());
+        assert_eq!(
+            user_of(dir.path()),
+            Some(format!("process {}", std::process::id()))
+        );
         let refused = DirLock::acquire(dir.path())
             .err()
             .expect("it is taken")
@@ -209,6 +223,7 @@ mod tests {
             "{refused}"
         );
         drop(held);
+        assert_eq!(user_of(dir.path()), None);
         assert!(DirLock::try_existing(dir.path()).is_some());
     }
 

@@ -23,8 +23,8 @@
 //! * `off`: whatever the kernel had not written by itself, on Linux mostly the last 30 s, of sealed files too; rows of the last
 //!   seconds may come up as `gateway_crash` although they had ended, even if they were stored (the store must let any other row of the
 //!   same event win over such a one).
-//! * `interval`: rows that ended within the last `fsync_interval`, plus the time of one flush. A request whose end was taken, but
-//!   whose begin was flushed, comes up as `gateway_crash`.
+//! * `interval`: rows that ended within the last `fsync_interval`, plus the time of one flush, or of two when a file is sealed just
+//!   then. A request whose end was taken, but whose begin was flushed, comes up as `gateway_crash`.
 //! * `each`: nothing whose end a client saw, if the caller waits for the [`Ticket`]. Begins are flushed at the interval.
 //!
 //! Rows are validated when they are read back, since a power loss can leave zeros in place of any page.
@@ -34,17 +34,18 @@
 //! Nothing here knows ClickHouse, or sends anything. The journal does not count against `spool.max_bytes`: it is bounded by the
 //! requests in flight. Directories are locked with `flock`, which some network file systems do not share between machines.
 
-mod directory;
+pub(crate) mod directory;
 pub mod embedded;
+pub mod figures;
 mod journal;
 mod keeper;
 pub mod migrate;
 mod names;
+pub mod queue;
 mod recover;
-pub mod samples;
 mod scan;
 mod sealed;
-mod segment;
+pub(crate) mod segment;
 pub mod sender;
 pub mod service;
 mod spool;
@@ -52,6 +53,7 @@ mod stats;
 mod supply;
 #[cfg(test)]
 mod testing;
+pub mod waiting;
 
 pub use names::BatchId;
 pub use sealed::Batch;
@@ -198,7 +200,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Wall clock, microseconds since 1970.
-fn wall_us() -> i64 {
+pub(crate) fn wall_us() -> i64 {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_1970.as_micros()).unwrap_or(i64::MAX)
 }
@@ -208,7 +210,7 @@ mod tests {
     use super::testing::{TempDir, begin};
     use super::*;
     use crate::config::{ByteSize, Fsync};
-    use crate::event::Context;
+    use crate::event::{CapturedBy, Context};
     use crate::wire::At;
     use crate::wire::exchange::{Ending, Facts};
 
@@ -237,11 +239,12 @@ mod tests {
             status: Some(200),
             error_type: None,
             gateway_overhead_us: None,
+            tap: None,
         };
         RequestEvent::new(
             context,
             Facts::unread(At(0), At(5_000), Ending::Complete),
-            "proxy",
+            CapturedBy::Proxy,
         )
     }
 

@@ -59,6 +59,24 @@ impl Attacher {
         }
     }
 
+    /// Whether what was attached still is.
+    ///
+    /// # Errors
+    /// [`TapError::Attacher`] when the helper has ended, by whatever hand, and all links with it.
+    pub fn check(&mut self) -> Result<(), TapError> {
+        match self {
+            Attacher::Own { .. } => Ok(()),
+            Attacher::Helper(helper) => match helper.child.try_wait() {
+                Ok(None) => Ok(()),
+                Ok(Some(status)) => {
+                    let source = io::Error::other(format!("it has ended with {status}; restart the gateway"));
+                    Err(TapError::Attacher { source })
+                }
+                Err(source) => Err(TapError::Attacher { source }),
+            },
+        }
+    }
+
     /// Whether it can attach again after the capabilities are gone.
     pub fn can_follow(&self) -> bool {
         matches!(self, Attacher::Helper(_))

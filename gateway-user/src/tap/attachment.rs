@@ -76,6 +76,7 @@ impl Attachment {
     /// # Errors
     /// As [`Hierarchy::locate`] and [`Attacher::attach`]; the probe stays where it is.
     pub fn check(&mut self) -> Result<Change, TapError> {
+        self.attacher.check()?;
         let right = self.hierarchy.locate(&self.choice, &self.ports)?;
         let ids = |located: &Located| {
             located

@@ -2,6 +2,7 @@
 //! long after every capability is gone.
 
 use super::error::TapError;
+use super::stats::Totals;
 use aya::maps::MapData;
 use gateway_common::counter::{COUNTERS, Counters as Element, DIRECTIONS, WORDS, index};
 use gateway_common::record::{EGRESS, INGRESS};
@@ -15,36 +16,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Counters {
     memory: MmapRaw,
     cpus: u32,
-}
-
-/// What the probe counted since it was loaded. `payload_bytes` is always `submitted_bytes` plus `lost_bytes`, once no packet is under way.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Totals {
-    /// Packets with payload, SYN, FIN or RST.
-    pub packets: u64,
-    /// Their payload.
-    pub payload_bytes: u64,
-    /// Records in the ring, read or not.
-    pub submitted: u64,
-    /// Payload that they stand for.
-    pub submitted_bytes: u64,
-    /// Payload of lost records.
-    pub lost_bytes: u64,
-    /// Records lost because the ring was full.
-    pub lost_ring_full: u64,
-    /// Records lost because the kernel would not give their bytes.
-    pub lost_load_failed: u64,
-    /// Records lost because their segment was too long.
-    pub lost_too_long: u64,
-    /// TCP packets of any port that could not be understood; they are in no other count.
-    pub malformed: u64,
-}
-
-impl Totals {
-    /// Records lost, whatever the cause.
-    pub fn lost(&self) -> u64 {
-        self.lost_ring_full + self.lost_load_failed + self.lost_too_long
-    }
 }
 
 impl Counters {

@@ -34,14 +34,18 @@ pub fn check() -> Result<(), TapError> {
     })
 }
 
-/// Gives up every capability, for good: also a program that this process starts gets none, not even as root. Must be called while
-/// the process has a single thread.
+/// What a gateway that runs as root in a container needs to go on as it would without a probe: its directories may be another user's.
+const KEPT: CapabilitySet = CapabilitySet::DAC_OVERRIDE;
+
+/// Gives up every capability but [`KEPT`], which only root has, for good: also a program that this process starts gets no more. Must be
+/// called while the process has a single thread.
 ///
 /// # Errors
 /// [`TapError::Threads`] if there are more threads, else [`TapError::Drop`].
-pub fn drop_all() -> Result<(), TapError> {
+pub fn drop() -> Result<(), TapError> {
     check_threads()?;
-    keep_only(CapabilitySet::empty()).map_err(|source| TapError::Drop { source })
+    let give_up = || keep_only(capabilities(None)?.permitted & KEPT);
+    give_up().map_err(|source| TapError::Drop { source })
 }
 
 /// Whether this thread is the only one.

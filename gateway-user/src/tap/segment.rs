@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 /// A segment that carries payload, SYN, FIN or RST. A packet too large for one record comes as several, with advancing sequence
 /// numbers and FIN on the last.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment<'a> {
     /// When the packet passed the probe, by the kernel's monotonic clock.
     pub at: At,

@@ -197,8 +197,11 @@ pub trait Part {
     fn act(&mut self, words: &[&str]) -> String;
 }
 
+/// A part's name, and how it begins.
+pub type Role<'n> = (&'n str, fn() -> Box<dyn Part>);
+
 /// Plays the part that this process was started for, if any, and then ends.
-pub fn play(roles: &[(&str, fn() -> Box<dyn Part>)]) {
+pub fn play(roles: &[Role<'_>]) {
     let Ok(said) = std::env::var(ROLE) else { return };
     let (role, cgroup) = said.split_once(' ').expect("a role and a cgroup");
     if cgroup != "-" {
