@@ -1,6 +1,7 @@
 //! A server in a cgroup of its own, under a test's command, and what the kernel probe says of its connections.
 //!
 //! The server is this very program, started again: the test binary must run where nothing else of the project is.
+#![allow(dead_code, reason = "each test program uses its own part")]
 
 use rustix::process::{Pid, Signal, kill_process};
 use socket2::{Domain, Socket, Type};
@@ -122,16 +123,21 @@ pub struct Actor {
 impl Actor {
     /// Starts `role` in `cgroup`.
     pub fn start(role: &str, cgroup: Option<&TestCgroup>) -> Actor {
+        let cgroup = cgroup.map_or("-".to_owned(), |cgroup| cgroup.path.display().to_string());
+        Actor::spawn(Command::new("/proc/self/exe"), format!("{role} {cgroup}"))
+    }
+
+    /// Starts `role` by a command that comes to this program.
+    pub fn start_by(command: Command, role: &str) -> Actor {
+        Actor::spawn(command, format!("{role} -"))
+    }
+
+    fn spawn(mut command: Command, role: String) -> Actor {
         let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
         ours.set_read_timeout(Some(DEADLINE)).expect("a timeout");
-        let cgroup = cgroup.map_or("-".to_owned(), |cgroup| cgroup.path.display().to_string());
-        let child = Command::new("/proc/self/exe")
-            .env(ROLE, format!("{role} {cgroup}"))
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .spawn()
-            .expect("this program");
+        let command = command.env(ROLE, role).stdin(Stdio::from(OwnedFd::from(theirs)));
         Actor {
-            child,
+            child: command.spawn().expect("this program"),
             said: BufReader::new(ours),
         }
     }
@@ -541,35 +547,40 @@ impl Stage {
             .collect()
     }
 
-    /// The bytes of one direction in their places, and how many of them were not captured. Bytes that came twice must be the same.
+    /// What [`place`] makes of the segments of one direction.
     pub fn stream(&self, direction: Direction) -> (Vec<Option<u8>>, usize) {
-        let segments = self.of(direction);
-        let first = match segments.iter().find(|seen| seen.syn) {
-            Some(syn) => syn.sequence.wrapping_add(1),
-            // Older kernels (6.1 does) show no filter the answer to a SYN over IPv6. The first byte of a response opens it then.
-            None => {
-                assert!(
-                    self.addr.is_ipv6() && direction == Direction::ToClient,
-                    "no beginning"
-                );
-                segments.first().expect("a response").sequence
-            }
-        };
-        let mut bytes: Vec<Option<u8>> = Vec::new();
-        for seen in &segments {
-            let start = seen
-                .sequence
-                .wrapping_add(u32::from(seen.syn))
-                .wrapping_sub(first) as usize;
-            bytes.resize(bytes.len().max(start + seen.len_bytes as usize), None);
-            for (place, byte) in bytes[start..].iter_mut().zip(&seen.captured) {
-                assert!(place.is_none_or(|other| other == *byte), "one place, two bytes");
-                *place = Some(*byte);
-            }
-        }
-        let holes = bytes.iter().filter(|byte| byte.is_none()).count();
-        (bytes, holes)
+        place(&self.of(direction), self.addr)
     }
+}
+
+/// The bytes of one direction in their places, and how many of them were not captured. Bytes that came twice must be the same.
+pub fn place(segments: &[&Seen], server: SocketAddr) -> (Vec<Option<u8>>, usize) {
+    let first = match segments.iter().find(|seen| seen.syn) {
+        Some(syn) => syn.sequence.wrapping_add(1),
+        // Older kernels (6.1 does) show no filter the answer to a SYN over IPv6. The first byte of a response opens it then.
+        None => {
+            let opening = segments.first().expect("a response");
+            assert!(
+                server.is_ipv6() && opening.direction == Direction::ToClient,
+                "no beginning"
+            );
+            opening.sequence
+        }
+    };
+    let mut bytes: Vec<Option<u8>> = Vec::new();
+    for seen in segments {
+        let start = seen
+            .sequence
+            .wrapping_add(u32::from(seen.syn))
+            .wrapping_sub(first) as usize;
+        bytes.resize(bytes.len().max(start + seen.len_bytes as usize), None);
+        for (place, byte) in bytes[start..].iter_mut().zip(&seen.captured) {
+            assert!(place.is_none_or(|other| other == *byte), "one place, two bytes");
+            *place = Some(*byte);
+        }
+    }
+    let holes = bytes.iter().filter(|byte| byte.is_none()).count();
+    (bytes, holes)
 }
 
 /// Runs the tests whose names contain one of the words that the program was given, all without any, one after another, and
