@@ -13,6 +13,7 @@ mod kernel {
     use std::net::{SocketAddr, TcpStream};
     use std::time::Duration;
     use vllm_gateway::tap::attacher;
+    use vllm_gateway::tap::cgroup::{Hierarchy, How};
     use vllm_gateway::tap::probe::Watch;
     use vllm_gateway::wire::connection::Direction::{ToClient, ToServer};
 
@@ -317,6 +318,37 @@ mod kernel {
         assert!(stage.seen.is_empty(), "{:?}", stage.seen);
     }
 
+    fn cgroups_are_found_by_path_unit_and_container() {
+        let hierarchy = Hierarchy::find().expect("cgroup2 is mounted");
+        let outer = TestCgroup::make();
+        let unit = format!("tap-probe-{}.service", std::process::id());
+        let id = format!("{:064x}", std::process::id() + 1_000_000);
+        let inner = TestCgroup::inside(&outer, &unit);
+        let container = TestCgroup::inside(&outer, &format!("docker-{id}.scope"));
+        let relative = outer
+            .path()
+            .strip_prefix(hierarchy.mount())
+            .expect("it is below the mount");
+        for (choice, found) in [
+            (outer.path().display().to_string(), &outer),
+            (format!("/{}", relative.display()), &outer),
+            (format!("unit:{unit}"), &inner),
+            (format!("container:{id}"), &container),
+        ] {
+            let located = hierarchy.locate(&choice.parse().expect("a choice"), &[]);
+            let located = located.unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(located.how, How::Configured);
+            let paths: Vec<_> = located.cgroups.iter().map(|cgroup| cgroup.path()).collect();
+            assert_eq!(paths, [found.path()], "{choice}");
+        }
+        let missing = "container:0123456789abffff".parse().expect("a choice");
+        let error = hierarchy
+            .locate(&missing, &[])
+            .expect_err("there is none")
+            .to_string();
+        assert!(error.contains(&id), "what there is instead: {error}");
+    }
+
     /// A server in a cgroup of its own, and a tap of another process on it. The cgroup comes first, to be dropped last.
     fn tapped(reattach: bool) -> (TestCgroup, Actor, Actor, SocketAddr) {
         let cgroup = TestCgroup::make();
@@ -466,6 +498,10 @@ mod kernel {
         ),
         ("another_port_is_not_seen", another_port_is_not_seen),
         ("another_cgroup_is_not_seen", another_cgroup_is_not_seen),
+        (
+            "cgroups_are_found_by_path_unit_and_container",
+            cgroups_are_found_by_path_unit_and_container,
+        ),
         (
             "a_killed_process_leaves_nothing_attached",
             a_killed_process_leaves_nothing_attached,

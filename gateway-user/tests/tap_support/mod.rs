@@ -54,10 +54,25 @@ impl TestCgroup {
     pub fn make() -> TestCgroup {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        TestCgroup::named(&format!("tap-probe-{}-{number}", std::process::id()))
+    }
+
+    /// One with a name of its own, below another one.
+    pub fn inside(outer: &TestCgroup, name: &str) -> TestCgroup {
+        let name = outer
+            .path
+            .file_name()
+            .expect("a name")
+            .to_string_lossy()
+            .into_owned()
+            + "/"
+            + name;
+        TestCgroup::named(&name)
+    }
+
+    fn named(name: &str) -> TestCgroup {
         let hierarchy = Hierarchy::find().expect("cgroup2 is mounted");
-        let path = hierarchy
-            .mount()
-            .join(format!("tap-probe-{}-{number}", std::process::id()));
+        let path = hierarchy.mount().join(name);
         fs::create_dir(&path).expect("a cgroup; these tests run as root");
         TestCgroup { path }
     }
