@@ -5,6 +5,7 @@ pub mod books;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod connections;
 pub mod correlate;
 pub mod descriptors;
 pub mod doctor;
