@@ -1,10 +1,13 @@
 //! What both capture paths need to book a request: ids, the rules of identity, and where events go.
 
 use crate::config::Config;
-use crate::event::{EventSink, Sinks, TimingSink};
+use crate::event::{CapturedBy, Context, EventSink, RequestEvent, Sinks, TimingSink};
 use crate::identity::IdentityRules;
 use crate::ids::RequestIds;
+use crate::ledger::{Micros, RateCard, Usage};
+use crate::segments::{self, Segments, Waits};
 use crate::vllm::SampleSink;
+use crate::wire::exchange::{Facts, UsageSource};
 use std::sync::Arc;
 
 /// Where what a gateway learns goes, besides Prometheus.
@@ -27,6 +30,10 @@ pub struct Books {
     pub identity: Arc<IdentityRules>,
     /// Where events go, Prometheus among them.
     pub sinks: Sinks,
+    /// What tokens are charged.
+    pub rates: Arc<RateCard>,
+    /// How long requests wait at each upstream.
+    pub waits: Arc<Waits>,
 }
 
 impl Books {
@@ -38,6 +45,86 @@ impl Books {
             ids: Arc::new(RequestIds::new(config.gateway.id_or_host_name().as_str(), secret)),
             identity: Arc::new(IdentityRules::new(&config.identity)),
             sinks,
+            // The config refuses two rates of one moment.
+            rates: Arc::new(RateCard::new(config.rates.clone()).unwrap_or_default()),
+            waits: Arc::default(),
+        }
+    }
+
+    /// Books a request that has ended: what is left of its segments, then its event.
+    pub fn record(&self, context: Context, facts: Facts, capture: CapturedBy, segments: Option<Segments>) {
+        if let Some(segments) = segments {
+            let wait = self.waits.of(context.upstream.as_deref().unwrap_or_default());
+            let slices = segments.finish(&facts, context.tap, wait);
+            segments::record(&self.sinks, &context, facts.model.as_deref(), &slices);
+        }
+        self.sinks.record(&self.event(context, facts, capture));
+    }
+
+    /// The event of a request, with what it is charged. Tokens that were counted from chunks, or half told, are no facts and not charged.
+    pub fn event(&self, context: Context, facts: Facts, capture: CapturedBy) -> RequestEvent {
+        let mut event = RequestEvent::new(context, facts, capture);
+        if matches!(
+            event.usage_source,
+            UsageSource::Reported | UsageSource::Continuous
+        ) {
+            let began = Micros(u64::try_from(event.started_at_us).unwrap_or(0));
+            let usage = Usage {
+                prompt_tokens: event.prompt_tokens.unwrap_or(0),
+                cached_tokens: event.cached_tokens.unwrap_or(0),
+                completion_tokens: event.completion_tokens.unwrap_or(0),
+            };
+            event.charge = self.rates.charge(&event.model, began, usage);
+        }
+        event
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::NanoUsd;
+    use crate::wire::At;
+    use crate::wire::exchange::{Ending, Tokens};
+
+    fn context() -> Context {
+        Context {
+            event_id: "gw-1".into(),
+            started_at_us: 1_780_000_000_000_000,
+            gateway_id: "gw".into(),
+            team: Some("search".into()),
+            project: None,
+            user: None,
+            upstream: Some("chat".into()),
+            request_id: "r".into(),
+            trace_id: None,
+            status: None,
+            error_type: None,
+            gateway_overhead_us: None,
+            tap: None,
+        }
+    }
+
+    #[test]
+    fn only_tokens_that_are_facts_are_charged() {
+        let books = Books::new(&Config::default(), Sinks::new([]));
+        let charge = |usage_source| {
+            let mut facts = Facts::unread(At(0), At(1), Ending::Complete);
+            facts.usage_source = usage_source;
+            facts.tokens = Tokens {
+                prompt: Some(1_000),
+                cached: Some(400),
+                completion: Some(100),
+                ..Tokens::default()
+            };
+            books.event(context(), facts, CapturedBy::Proxy).charge
+        };
+        // 600 at 0.10, 400 at 0.01 and 100 at 0.40 USD for a million.
+        for told in [UsageSource::Reported, UsageSource::Continuous] {
+            assert_eq!(charge(told), NanoUsd(60_000 + 4_000 + 40_000));
+        }
+        for not_told in [UsageSource::Counted, UsageSource::None] {
+            assert_eq!(charge(not_told), NanoUsd(0));
         }
     }
 }

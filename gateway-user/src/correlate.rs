@@ -24,8 +24,9 @@ pub use joins::Joins;
 
 use crate::books::Books;
 use crate::clock;
-use crate::event::{Begin, CapturedBy, Context, EventSink, RequestEvent, TapTimes, TapTiming, TimingSink};
+use crate::event::{Begin, CapturedBy, Context, EventSink, TapTimes, TapTiming, TimingSink};
 use crate::proxy::rewrite::GATEWAY_REQUEST_ID;
+use crate::segments::Segments;
 use crate::trace::trace_id_of;
 use crate::wire::At;
 use crate::wire::endpoint::Endpoint;
@@ -214,9 +215,9 @@ impl Correlator {
         if facts.usage_source == UsageSource::Counted {
             facts.usage_source = UsageSource::None;
         }
-        self.books
-            .sinks
-            .record(&RequestEvent::new(context, facts, CapturedBy::Tap));
+        let mut segments = Segments::begin(facts.started, context.started_at_us);
+        segments.sent(facts.started);
+        self.books.record(context, facts, CapturedBy::Tap, Some(segments));
     }
 }
 

@@ -4,6 +4,7 @@
 //! took, how many tokens it used. Its JSON form is the row of `request_events`, name for name. It holds no text of a prompt or a
 //! completion, and of an error only its type.
 
+use crate::ledger::{NanoUsd, SegmentRow};
 use crate::wire::At;
 use crate::wire::exchange::{Facts, Outcome, UsageSource};
 use serde::{Deserialize, Serialize, Serializer};
@@ -159,6 +160,9 @@ pub struct RequestEvent {
     pub tap_ttft_us: Option<u64>,
     /// As `duration_us`, likewise.
     pub tap_duration_us: Option<u64>,
+    /// What the request is charged by the rate card; nothing where its tokens are no facts.
+    #[serde(rename = "charge_nano_usd", serialize_with = "as_i64")]
+    pub charge: NanoUsd,
     /// `X-Request-Id`.
     pub request_id: Box<str>,
     /// Trace id.
@@ -173,7 +177,7 @@ pub struct RequestEvent {
 }
 
 impl RequestEvent {
-    /// Joins what the bytes told with what the gateway knows.
+    /// Joins what the bytes told with what the gateway knows. It is not charged for yet: see [`Books::event`](crate::books::Books::event).
     pub fn new(context: Context, facts: Facts, capture: CapturedBy) -> RequestEvent {
         let owned = |text: Option<Box<str>>| text.unwrap_or_default();
         let gaps = facts.gaps;
@@ -211,6 +215,7 @@ impl RequestEvent {
             gateway_overhead_us: context.gateway_overhead_us,
             tap_ttft_us: context.tap.and_then(|tap| tap.ttft_us),
             tap_duration_us: context.tap.map(|tap| tap.ended.micros_since(tap.arrived)),
+            charge: NanoUsd(0),
             request_id: context.request_id,
             trace_id: owned(context.trace_id),
             error_type: owned(error_type),
@@ -288,6 +293,10 @@ pub trait EventSink: Send + Sync {
         None
     }
 
+    /// Takes note of the part of a request that falls into one window: while it runs, or just before it is recorded. Only what the
+    /// ledger is computed from needs it.
+    fn segment(&self, _row: &SegmentRow<'_>) {}
+
     /// Takes note of a request that has ended. Called once for each.
     fn record(&self, event: &RequestEvent);
 }
@@ -319,6 +328,10 @@ impl EventSink for Sinks {
                 wait.await;
             }
         }))
+    }
+
+    fn segment(&self, row: &SegmentRow<'_>) {
+        self.0.iter().for_each(|sink| sink.segment(row));
     }
 
     fn record(&self, event: &RequestEvent) {
@@ -358,6 +371,10 @@ impl UsageSource {
 
 fn name_of_outcome<S: Serializer>(outcome: &Outcome, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(outcome.name())
+}
+
+fn as_i64<S: Serializer>(amount: &NanoUsd, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_i64(amount.as_i64())
 }
 
 fn name_of_usage_source<S: Serializer>(source: &UsageSource, serializer: S) -> Result<S::Ok, S::Error> {

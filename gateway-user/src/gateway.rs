@@ -60,6 +60,11 @@ impl Gateway {
             max_teams,
             ..Limits::default()
         })?;
+        // Without a source `auto` has come to be the proxy alone.
+        metrics.capture(match (config.capture, &source) {
+            (Capture::Auto, None) => Capture::Proxy,
+            (capture, _) => capture,
+        });
         let readiness = Readiness::default();
         let admin = AdminServer::bind(config.admin.listen, metrics.clone(), readiness.clone())?;
         let own: Arc<dyn EventSink> = Arc::new(metrics.clone());
@@ -68,13 +73,14 @@ impl Gateway {
         if let Some(tap) = &tap {
             metrics.show_tap(Arc::downgrade(tap))?;
         }
+        let waits = Arc::clone(&books.waits) as Arc<dyn SampleSink>;
         let beside = tap.clone().map(|tap| tap as Arc<dyn Beside>);
         Ok(Gateway {
             shared: Shared::new(config, metrics, books, beside),
             listeners,
             admin,
             readiness,
-            samples: outlets.samples,
+            samples: [waits].into_iter().chain(outlets.samples).collect(),
             tap,
         })
     }

@@ -216,8 +216,8 @@ pub enum ValueError {
     },
 }
 
-/// A team as a client may name it.
-fn client_team(value: &[u8]) -> Result<TeamId, ValueError> {
+/// A team as a client, or the config, may name it.
+pub(crate) fn client_team(value: &[u8]) -> Result<TeamId, ValueError> {
     let team = TeamId::parse(value)?;
     if team.as_str().starts_with(RESERVED_PREFIX) {
         return Err(ValueError::Reserved { quoted: quote(value) });

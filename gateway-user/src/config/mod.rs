@@ -28,14 +28,14 @@ pub use env::Env;
 pub(crate) use error::quote;
 pub use error::{ConfigError, EXIT_CONFIG, Place, Problem};
 pub use schema::{
-    AdminConfig, Config, GatewayConfig, IdentityConfig, LogConfig, MetricsConfig, ProxyConfig, SpoolConfig,
-    StoreConfig, UpstreamConfig, UsageConfig, VllmConfig,
+    AdminConfig, Config, GatewayConfig, IdentityConfig, LedgerConfig, LogConfig, MetricsConfig, ProxyConfig,
+    SpoolConfig, StoreConfig, UpstreamConfig, UsageConfig, VllmConfig,
 };
 pub use tap::{CgroupChoice, TapConfig};
 pub use units::ByteSize;
 pub use values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl, ValueError};
 pub use words::{
-    Capture, Fsync, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull,
+    Capture, Fsync, IdleTo, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull,
 };
 
 use read::Findings;

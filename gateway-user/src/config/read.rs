@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 use super::{
     error::{Place, Problem, quote, suggest},
-    schema::{Config, GatewayConfig, IdentityConfig, ProxyConfig, SpoolConfig, UpstreamConfig},
+    schema::{Config, GatewayConfig, IdentityConfig, LedgerConfig, ProxyConfig, SpoolConfig, UpstreamConfig},
     setting::Setting,
     tap::TapConfig,
     values::{Name, UpstreamUrl},
     words::Serves,
     yaml::{Document, Node, Scalar},
 };
+use crate::ledger::{Micros, NanoUsd, PerMillion, Price, Rate};
 
 /// Where settings were said, and what is wrong with them.
 pub(super) struct Findings<'a> {
@@ -115,6 +116,8 @@ pub(super) fn read_file(findings: &mut Findings<'_>, config: &mut Config) {
             section.read("embedded_dir", &mut config.store.embedded_dir);
         });
         top.section("spool", |section| read_spool(section, &mut config.spool));
+        top.section("ledger", |section| read_ledger(section, &mut config.ledger));
+        top.sections("rates", &mut config.rates, read_rate);
         top.section("log", |section| {
             section.read("level", &mut config.log.level);
             section.read("format", &mut config.log.format);
@@ -160,9 +163,12 @@ fn read_upstream(section: &mut Section<'_, '_>) -> Option<UpstreamConfig> {
     section.read_list("models", &mut models);
     section.read("health_path", &mut health_path);
     section.read("max_connections", &mut max_connections);
+    let mut price = vec![Price::ASSUMED];
+    section.sections("price", &mut price, read_price);
     let mut upstream = UpstreamConfig {
         models,
         max_connections,
+        price,
         ..UpstreamConfig::new(name?, url?, serves?)
     };
     if let Some(path) = health_path {
@@ -197,6 +203,53 @@ fn read_spool(section: &mut Section<'_, '_>, spool: &mut SpoolConfig) {
     section.read("fsync_interval", &mut spool.fsync_interval);
     section.read("segment_bytes", &mut spool.segment_bytes);
     section.read("seal_after", &mut spool.seal_after);
+}
+
+fn read_price(section: &mut Section<'_, '_>) -> Option<Price> {
+    let mut price = Price::ASSUMED;
+    let mut usd_per_gpu_hour: Option<NanoUsd> = None;
+    section.read("from", &mut price.from);
+    section.read_required("usd_per_gpu_hour", &mut usd_per_gpu_hour);
+    section.read("gpus", &mut price.gpus);
+    section.read("owner", &mut price.owner);
+    price.usd_per_gpu_hour = usd_per_gpu_hour?;
+    Some(price)
+}
+
+fn read_ledger(section: &mut Section<'_, '_>, ledger: &mut LedgerConfig) {
+    section.read("theta", &mut ledger.theta);
+    section.section("weights", |section| {
+        section.read("prompt", &mut ledger.weights.prompt);
+        section.read("completion", &mut ledger.weights.completion);
+        section.read("kv", &mut ledger.weights.kv);
+    });
+    section.read("idle", &mut ledger.idle);
+    section.read("settle_after", &mut ledger.settle_after);
+}
+
+fn read_rate(section: &mut Section<'_, '_>) -> Option<Rate> {
+    let (mut model, mut from) = (None, Micros(0));
+    section.read("model", &mut model);
+    section.read("from", &mut from);
+    let (mut prompt, mut cached, mut completion): (Option<NanoUsd>, Option<NanoUsd>, Option<NanoUsd>) =
+        (None, None, None);
+    section.require("usd_per_million", "a section with prompt and completion");
+    section.section("usd_per_million", |section| {
+        section.read_required("prompt", &mut prompt);
+        section.read("cached", &mut cached);
+        section.read_required("completion", &mut completion);
+    });
+    let usd_per_million = PerMillion {
+        prompt: prompt?,
+        // Who does not say that cached tokens are cheaper charges them like the others.
+        cached: cached.or(prompt)?,
+        completion: completion?,
+    };
+    Some(Rate {
+        model,
+        from,
+        usd_per_million,
+    })
 }
 
 /// One map of the file while it is read. Which keys are known is simply which were asked for.
@@ -316,12 +369,17 @@ impl<'f, 'a> Section<'f, 'a> {
     /// Reads one value that has no default.
     fn read_required<T: Setting>(&mut self, key: &'static str, into: &mut Option<T>) {
         self.read(key, into);
+        self.require(key, &T::expected());
+    }
+
+    /// Reports a key that is missing, or has no value.
+    fn require(&mut self, key: &'static str, expected: &str) {
         let said = self
             .find(key)
             .is_some_and(|(_, node)| *node != Node::Scalar(Scalar::Null));
         if !said {
             let place = self.findings.line(&self.steps);
-            let message = format!("`{}` is missing: expected {}", self.path_of(key), T::expected());
+            let message = format!("`{}` is missing: expected {expected}", self.path_of(key));
             self.findings.problems.push(Problem { place, message });
         }
     }

@@ -15,8 +15,11 @@ use super::{
     tap::TapConfig,
     units::{ByteSize, serialize_duration},
     values::{HeaderName, Name, Secret, StoreUrl, UpstreamUrl},
-    words::{Capture, Fsync, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull},
+    words::{
+        Capture, Fsync, IdleTo, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull,
+    },
 };
+use crate::ledger::{Method, Millionths, Price, Rate, Weights};
 
 /// Everything that can be configured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -45,6 +48,10 @@ pub struct Config {
     pub store: StoreConfig,
     /// Where events wait until they are stored.
     pub spool: SpoolConfig,
+    /// How costs are shared out.
+    pub ledger: LedgerConfig,
+    /// What requests are charged by their tokens, by model and date. Default: one rate for all models, see [`Rate::ASSUMED`].
+    pub rates: Vec<Rate>,
     /// The gateway's own log.
     pub log: LogConfig,
 }
@@ -108,6 +115,8 @@ pub struct UpstreamConfig {
     pub health_path: String,
     /// Most connections to it at a time; 0 (default): no cap of its own.
     pub max_connections: u32,
+    /// What it costs, by date; none of it costs nothing. Default: one GPU at 2.50 USD an hour, see [`Price::ASSUMED`].
+    pub price: Vec<Price>,
 }
 
 /// Section `proxy`.
@@ -227,6 +236,21 @@ pub struct SpoolConfig {
     pub seal_after: Duration,
 }
 
+/// Section `ledger`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LedgerConfig {
+    /// Share of a busy moment that goes by work, the rest by presence. Default 0.5, see [`Method::THETA_ASSUMED`].
+    pub theta: Millionths,
+    /// What is how much work. Default 1, 4 and 0.04, see [`Weights::ASSUMED`].
+    pub weights: Weights,
+    /// Who pays for idle time. Default `separate`: what nobody used is seen as such.
+    pub idle: IdleTo,
+    /// How long after its end a window still waits for segments. Default 15 min: a request that runs is known within
+    /// `proxy.response_head_timeout`, and its rows have some minutes to arrive. What comes later still is restated.
+    #[serde(serialize_with = "serialize_duration")]
+    pub settle_after: Duration,
+}
+
 /// Section `log`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LogConfig {
@@ -274,6 +298,8 @@ impl Default for Config {
             },
             store: StoreConfig::default(),
             spool: SpoolConfig::default(),
+            ledger: LedgerConfig::default(),
+            rates: vec![Rate::ASSUMED],
             log: LogConfig {
                 level: LogLevel::Info,
                 format: LogFormat::Text,
@@ -325,6 +351,7 @@ impl UpstreamConfig {
             models: Vec::new(),
             health_path: "/health".to_owned(),
             max_connections: 0,
+            price: vec![Price::ASSUMED],
         }
     }
 
@@ -381,6 +408,17 @@ impl Default for StoreConfig {
             ledger_days: 1100,
             embedded_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8123)),
             embedded_dir: PathBuf::from("./clickhouse"),
+        }
+    }
+}
+
+impl Default for LedgerConfig {
+    fn default() -> Self {
+        Self {
+            theta: Method::THETA_ASSUMED,
+            weights: Weights::ASSUMED,
+            idle: IdleTo::Separate,
+            settle_after: Duration::from_secs(15 * 60),
         }
     }
 }

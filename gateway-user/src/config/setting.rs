@@ -7,9 +7,13 @@ use super::{
     tap::CgroupChoice,
     units::{ByteSize, UnitError, parse_duration},
     values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl, ValueError},
-    words::{Capture, Fsync, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull},
+    words::{
+        Capture, Fsync, IdleTo, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull,
+    },
     yaml::Scalar,
 };
+use crate::identity::{TeamId, client_team};
+use crate::ledger::{Micros, Millionths, NanoUsd};
 
 /// A value that one key of the file or one environment variable holds.
 pub(super) trait Setting: Sized {
@@ -124,6 +128,50 @@ impl Setting for Duration {
     // A bare number gets the message about units.
     fn from_scalar(scalar: &Scalar) -> Result<Self, String> {
         Self::from_text(&scalar.to_string())
+    }
+}
+
+/// Implements [`Setting`] for decimals that are never held as floats: what YAML took for one is read again from the digits that it stands for.
+macro_rules! setting_by_digits {
+    ($($type:ty: $expected:literal, $parse:expr);+ $(;)?) => {
+        $(impl Setting for $type {
+            fn expected() -> String {
+                $expected.to_owned()
+            }
+
+            fn from_text(text: &str) -> Result<Self, String> {
+                $parse(text).map_err(|error| error.to_string())
+            }
+
+            fn from_scalar(scalar: &Scalar) -> Result<Self, String> {
+                Self::from_text(&scalar.to_string())
+            }
+        })+
+    };
+}
+
+setting_by_digits! {
+    NanoUsd: "an amount in USD such as 2.50", NanoUsd::from_usd;
+    Millionths: "a number such as 0.5", str::parse::<Millionths>;
+}
+
+impl Setting for Micros {
+    fn expected() -> String {
+        "a date".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse::<Micros>().map_err(|error| error.to_string())
+    }
+}
+
+impl Setting for TeamId {
+    fn expected() -> String {
+        "the name of a team".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        client_team(text.as_bytes()).map_err(|error| error.to_string())
     }
 }
 
@@ -248,6 +296,7 @@ setting_by_word!(
     Inject,
     WhenFull,
     Fsync,
+    IdleTo,
     LogLevel,
     LogFormat
 );

@@ -5,6 +5,8 @@ use std::{collections::HashMap, ffi::OsString, path::PathBuf, time::Duration};
 use proptest::prelude::*;
 
 use super::*;
+use crate::identity::TeamId;
+use crate::ledger::{Micros, Millionths, NanoUsd, PerMillion, Price, Rate};
 
 const SHIPPED: &str = include_str!("../../../config.yaml");
 
@@ -105,11 +107,15 @@ gateway: { listen: '127.0.0.1:0', workers: 4, runtime: per_core, id: gw-1, secre
 capture: proxy+tap
 identity: { team_header: X-Cost-Centre, forward_headers: true }
 upstreams:
-  - { name: a, url: 'http://vllm-a:8000', serves: generate, models: [llama, qwen], max_connections: 9 }
+  - { name: a, url: 'http://vllm-a:8000', serves: generate, models: [llama, qwen], max_connections: 9, price: [
+      { usd_per_gpu_hour: 3 }, { from: '2026-03-01T06:30:00Z', usd_per_gpu_hour: 1.999999999, gpus: 8, owner: platform }] }
 proxy: { inspect_max: 64KiB, abort_drain: 0s, on_uninspectable: reject }
 usage: { inject: off }
 store: { url: 'https://ch:8443', password: hunter2 }
 spool: { dir: /var/spool/gateway, max_bytes: 1GiB, when_full: drop_oldest, fsync: off, segment_bytes: 1MiB, seal_after: 200ms }
+ledger: { theta: 0.25, weights: { kv: 0 }, idle: owner }
+rates:
+  - { model: llama, from: 2026-02-01, usd_per_million: { prompt: 1, completion: 3.25 } }
 log: { format: json }
 ";
     let config = parse(text).unwrap();
@@ -131,6 +137,18 @@ log: { format: json }
     );
     upstream.models = vec!["llama".into(), "qwen".into()];
     upstream.max_connections = 9;
+    upstream.price = vec![
+        Price {
+            usd_per_gpu_hour: NanoUsd(3_000_000_000),
+            ..Price::ASSUMED
+        },
+        Price {
+            from: "2026-03-01T06:30:00Z".parse().unwrap(),
+            usd_per_gpu_hour: NanoUsd(1_999_999_999),
+            gpus: 8,
+            owner: Some(TeamId::parse(b"platform").unwrap()),
+        },
+    ];
     expected.upstreams = vec![upstream];
     expected.proxy.inspect_max = ByteSize::from_kib(64);
     expected.proxy.abort_drain = Duration::ZERO;
@@ -147,9 +165,72 @@ log: { format: json }
         seal_after: Duration::from_millis(200),
         ..SpoolConfig::default()
     };
+    expected.ledger.theta = Millionths::new(250_000);
+    expected.ledger.weights.kv = Millionths::new(0);
+    expected.ledger.idle = IdleTo::Owner;
+    expected.rates = vec![Rate {
+        model: Some("llama".to_owned()),
+        from: "2026-02-01".parse().unwrap(),
+        usd_per_million: PerMillion {
+            prompt: NanoUsd(1_000_000_000),
+            cached: NanoUsd(1_000_000_000),
+            completion: NanoUsd(3_250_000_000),
+        },
+    }];
     expected.log.format = LogFormat::Json;
     assert_eq!(config, expected);
     assert_eq!(config.gateway.id_or_host_name().as_str(), "gw-1");
+}
+
+#[test]
+fn prices_and_rates_that_cannot_be_meant_are_refused() {
+    let upstream = "upstreams:\n  - name: a\n    url: http://a:1\n    serves: generate\n    price:\n";
+    let one = |price: &str| format!("{upstream}      - {price}\n");
+    check_refused(
+        &one("{ usd_per_gpu_hour: -2 }"),
+        "c.yaml:6: `upstreams[0].price[0].usd_per_gpu_hour`: expected an amount in USD such as 2.50, found `-2`",
+        "not negative",
+    );
+    check_refused(
+        &one("{ gpus: 2 }"),
+        "c.yaml:6: `upstreams[0].price[0].usd_per_gpu_hour` is missing",
+        "2.50",
+    );
+    check_refused(
+        &one("{ usd_per_gpu_hour: 20000 }"),
+        "c.yaml:5: `upstreams[0].price`: expected at most 10000 USD",
+        "found 20000",
+    );
+    check_refused(
+        &one("{ usd_per_gpu_hour: 2, from: 2026-02-30 }"),
+        "c.yaml:6: `upstreams[0].price[0].from`: expected a date, found `2026-02-30`",
+        "2026-01-31T12:30:00Z",
+    );
+    check_refused(
+        &one("{ usd_per_gpu_hour: 2, owner: __idle__ }"),
+        "c.yaml:6: `upstreams[0].price[0].owner`: expected the name of a team",
+        "found \"__idle__\"",
+    );
+    check_refused(
+        &one("{ usd_per_gpu_hour: 2 }\n      - { usd_per_gpu_hour: 3 }"),
+        "c.yaml:5: `upstreams[0].price`: two prices hold from 1970-01-01",
+        "leave one of them out",
+    );
+    check_refused(
+        "ledger: { theta: 1.5 }\n",
+        "c.yaml:1: `ledger.theta`: expected a share, from 0 to 1, found 1.5",
+        "",
+    );
+    check_refused(
+        "rates:\n  - { usd_per_million: { prompt: 1, completion: 1.0000000001 } }\n",
+        "c.yaml:2: `rates[0].usd_per_million.completion`: expected an amount",
+        "at most 9 digits behind the point",
+    );
+    check_refused(
+        "rates:\n  - model: x\n",
+        "c.yaml:2: `rates[0].usd_per_million` is missing",
+        "prompt and completion",
+    );
 }
 
 #[test]
@@ -689,14 +770,23 @@ proptest! {
         upstreams in prop::collection::vec(any_upstream(), 1..4),
         id in prop::option::of("[A-Za-z0-9_-]{1,12}|off|1e3|0x1f|null"), dir in "[^\\p{Cc}]{1,20}",
         timeout_ms in 1u64..10_000_000, head_kib in 1u32..=1024, workers in 0u32..=1024,
+        prices in prop::collection::vec((0..=Price::PER_GPU_HOUR_MAX.0, 0..=Price::GPUS_MAX), 0..3), kv: u32,
     ) {
         let mut config = Config { upstreams, ..Config::default() };
         for (index, upstream) in config.upstreams.iter_mut().enumerate() {
             upstream.name = format!("up-{index}").parse().unwrap();
             upstream.url = format!("http://{index}-{}:{}", upstream.url.host(), upstream.url.port()).parse().unwrap();
+            let price = |(from, (nano, gpus))| Price {
+                from: Micros(from * 1_000_000),
+                usd_per_gpu_hour: NanoUsd(nano),
+                gpus,
+                owner: None,
+            };
+            upstream.price = (index as u64..).zip(prices.iter().copied()).map(price).collect();
         }
         config.gateway.id = id.map(|id| id.parse().unwrap());
         config.gateway.workers = workers;
+        config.ledger.weights.kv = Millionths::new(kv);
         config.spool.dir = PathBuf::from(dir);
         config.proxy.head_timeout = Duration::from_millis(timeout_ms);
         config.proxy.max_head = ByteSize::from_kib(head_kib);

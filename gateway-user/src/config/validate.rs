@@ -5,11 +5,12 @@ use std::{net::SocketAddr, time::Duration};
 use super::{
     error::quote,
     read::Findings,
-    schema::{Config, GatewayConfig, IdentityConfig, ProxyConfig, SpoolConfig, UpstreamConfig},
+    schema::{Config, GatewayConfig, IdentityConfig, LedgerConfig, ProxyConfig, SpoolConfig, UpstreamConfig},
     tap::TapConfig,
     units::{ByteSize, format_duration},
     values::UpstreamUrl,
 };
+use crate::ledger::{Millionths, PriceList, RateCard};
 
 /// More threads than any machine has cores: a slip of the pen, and memory for each.
 const WORKERS_MAX: u32 = 1024;
@@ -72,6 +73,10 @@ pub(super) fn validate(config: &Config, findings: &mut Findings<'_>) {
     validate_proxy(&config.proxy, findings);
     validate_database(&config.store.database, findings);
     validate_spool(&config.spool, findings);
+    validate_ledger(&config.ledger, findings);
+    if let Err(error) = RateCard::new(config.rates.clone()) {
+        findings.refuse("rates", error.to_string());
+    }
     for (path, interval) in [
         ("metrics.emit_interval", config.metrics.emit_interval),
         ("vllm.scrape_interval", config.vllm.scrape_interval),
@@ -239,6 +244,9 @@ fn validate_upstreams(upstreams: &[UpstreamConfig], findings: &mut Findings<'_>)
             let message = format!("expected a path such as /health, found {}", quote(path));
             findings.refuse(&format!("upstreams[{index}].health_path"), message);
         }
+        if let Err(error) = PriceList::new(upstream.price.clone()) {
+            findings.refuse(&format!("upstreams[{index}].price"), error.to_string());
+        }
         for (number, model) in upstream.models.iter().enumerate() {
             if upstream.models[..number].contains(model) {
                 let message = format!("{} stands in the list already", quote(model));
@@ -320,6 +328,14 @@ fn validate_spool(spool: &SpoolConfig, findings: &mut Findings<'_>) {
     }
     refuse_zero_duration("spool.fsync_interval", spool.fsync_interval, findings);
     refuse_zero_duration("spool.seal_after", spool.seal_after, findings);
+}
+
+fn validate_ledger(ledger: &LedgerConfig, findings: &mut Findings<'_>) {
+    if ledger.theta > Millionths::ONE {
+        let message = format!("expected a share, from 0 to 1, found {}", ledger.theta);
+        findings.refuse("ledger.theta", message);
+    }
+    refuse_zero_duration("ledger.settle_after", ledger.settle_after, findings);
 }
 
 fn refuse_zero_duration(path: &str, duration: Duration, findings: &mut Findings<'_>) {

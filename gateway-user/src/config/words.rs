@@ -118,6 +118,20 @@ keywords! {
 }
 
 keywords! {
+    /// Who pays for a server while nobody uses it.
+    IdleTo {
+        /// Nobody: it has a line of its own, `__idle__`.
+        Separate = "separate",
+        /// The team that owns the upstream; `__idle__` where none does.
+        Owner = "owner",
+        /// The teams that used it in the same window, as they share its busy time; `__idle__` where there are none.
+        Proportional = "proportional",
+        /// The teams that used it in the same window, each the same; `__idle__` where there are none.
+        Even = "even",
+    }
+}
+
+keywords! {
     /// How much is logged.
     LogLevel {
         /// What needs somebody's attention.

@@ -1,6 +1,6 @@
 use super::*;
 use crate::config::Config;
-use crate::event::Sinks;
+use crate::event::{RequestEvent, Sinks};
 use crate::wire::exchange::{Ending, Outcome};
 use std::sync::{Mutex, PoisonError};
 

@@ -41,6 +41,7 @@ fn event(team: &str, model: &str) -> RequestEvent {
         chunks: 5,
         request_bytes: 100,
         response_bytes: 1_000,
+        charge: crate::ledger::NanoUsd(0),
         gateway_overhead_us: Some(50),
         tap_ttft_us: None,
         tap_duration_us: None,

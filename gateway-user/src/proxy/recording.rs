@@ -6,10 +6,11 @@
 use super::Shared;
 use super::refusal::Refusal;
 use crate::clock;
-use crate::event::{Begin, CapturedBy, Context, EventSink, RequestEvent};
+use crate::event::{Begin, CapturedBy, Context, EventSink};
 use crate::identity::Identity;
 use crate::ids::{self, random_hex};
 use crate::metrics::InflightGuard;
+use crate::segments::{self, Segments};
 use crate::trace::Trace;
 use crate::wire::exchange::{Ending, Exchange, Facts};
 use crate::wire::head::RequestHead;
@@ -29,6 +30,7 @@ pub struct Recording {
 struct Live {
     exchange: Exchange,
     context: Context,
+    segments: Segments,
     /// When the request was first sent on, and was whole before that. Only of requests that the kernel sees too.
     beside: Option<At>,
 }
@@ -48,6 +50,7 @@ impl Recording {
             shared: Arc::clone(shared),
             live: Some(Live {
                 exchange,
+                segments: Segments::begin(at, context.started_at_us),
                 context,
                 beside: None,
             }),
@@ -64,10 +67,7 @@ impl Recording {
         let request_id = context.request_id.clone();
         shared.metrics.refused(refusal.reason());
         let facts = Facts::unread(at, clock::now(), refusal.ending());
-        shared
-            .books
-            .sinks
-            .record(&RequestEvent::new(context, facts, CapturedBy::Proxy));
+        shared.books.record(context, facts, CapturedBy::Proxy, None);
         request_id
     }
 
@@ -111,8 +111,10 @@ impl Recording {
     /// Takes note that the request is sent now, whole since `received`. What lies between the two is the gateway's own share of the time; a
     /// request that is sent a second time keeps the first.
     pub fn forwarded(&mut self, received: At) {
-        let overhead_us = clock::now().micros_since(received);
+        let now = clock::now();
+        let overhead_us = now.micros_since(received);
         let Some(live) = &mut self.live else { return };
+        live.segments.sent(now);
         live.context.gateway_overhead_us.get_or_insert(overhead_us);
         if let (Some(beside), Some(upstream)) = (&self.shared.beside, &live.context.upstream)
             && beside.covers(upstream)
@@ -126,6 +128,19 @@ impl Recording {
     pub async fn settled(&self) {
         if let Some(settled) = self.shared.books.sinks.settled() {
             settled.await;
+        }
+    }
+
+    /// Takes note that time has passed on a response that goes on: what is over of it, by windows, is told to the ledger.
+    pub fn passed(&mut self, now: At) {
+        let Some(live) = &mut self.live else { return };
+        if live.segments.is_due(now) {
+            let books = &self.shared.books;
+            let wait = books
+                .waits
+                .of(live.context.upstream.as_deref().unwrap_or_default());
+            let slices = live.segments.advance(&mut live.exchange, now, wait);
+            segments::record(&books.sinks, &live.context, live.exchange.model(), &slices);
         }
     }
 
@@ -188,6 +203,7 @@ impl Recording {
         let Some(Live {
             exchange,
             mut context,
+            segments,
             beside,
         }) = self.live.take()
         else {
@@ -199,10 +215,7 @@ impl Recording {
             Some(()) => CapturedBy::ProxyAndTap,
             None => CapturedBy::Proxy,
         };
-        self.shared
-            .books
-            .sinks
-            .record(&RequestEvent::new(context, facts, capture));
+        self.shared.books.record(context, facts, capture, Some(segments));
     }
 }
 

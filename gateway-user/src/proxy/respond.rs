@@ -143,7 +143,8 @@ async fn stream(
             Event::Read(Ok(bytes)) if !bytes.is_empty() => {
                 last = Instant::now();
                 out.clear();
-                let progress = match relay.feed(&bytes, clock::now(), recording.exchange(), &mut out) {
+                let now = clock::now();
+                let progress = match relay.feed(&bytes, now, recording.exchange(), &mut out) {
                     Ok(progress) => progress,
                     Err(error) => {
                         relay.release(&mut out);
@@ -169,6 +170,7 @@ async fn stream(
                     return Err(abandon(worker, &mut upstream, &mut upstream_writer, relay, recording).await);
                 }
                 said_end = has_said_end(recording);
+                recording.passed(now);
                 out.shrink_to(KEPT_BYTES);
             }
             Event::Read(read) => {

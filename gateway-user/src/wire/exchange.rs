@@ -13,6 +13,7 @@ pub use super::facts::*;
 use super::endpoint::{Endpoint, Purpose};
 use super::head::{RequestHead, ResponseHead};
 use super::json::Scanner;
+use super::progress::{Mark, Progress};
 use super::request::RequestReader;
 use super::response::{Draft, Findings, Kind, Place, UsageAt};
 use super::sse::{EventReader, Step};
@@ -66,6 +67,9 @@ pub struct Exchange {
     last_content_at: Option<At>,
     gaps: Gaps,
     chunks: u64,
+    progress: Progress,
+    /// When the last byte of the response came; before any has, when the request began.
+    last_byte_at: At,
 }
 
 impl Exchange {
@@ -92,6 +96,8 @@ impl Exchange {
             last_content_at: None,
             gaps: Gaps::default(),
             chunks: 0,
+            progress: Progress::default(),
+            last_byte_at: at,
         }
     }
 
@@ -116,6 +122,11 @@ impl Exchange {
         self.request.asked()
     }
 
+    /// The model, by the response as soon as it names one, else by the request.
+    pub fn model(&self) -> Option<&str> {
+        self.findings.model.as_deref().or(self.asked().model.as_deref())
+    }
+
     /// A head of the response; interim ones (1xx) count for nothing.
     pub fn response_head(&mut self, at: At, head: &ResponseHead) {
         if head.is_interim() {
@@ -123,6 +134,7 @@ impl Exchange {
         }
         let status = head.status();
         self.status = Some(status);
+        self.last_byte_at = at;
         self.response_head_us = Some(at.micros_since(self.started));
         self.streamed = head.is_event_stream();
         self.findings.is_error_body = status >= 400;
@@ -139,6 +151,7 @@ impl Exchange {
     pub fn response_body(&mut self, at: At, piece: Piece<'_>) {
         self.response_bytes = self.response_bytes.saturating_add(piece.len_bytes());
         self.has_hole |= matches!(piece, Piece::Hole(1..));
+        self.last_byte_at = at;
         match (&mut self.body, piece) {
             (Body::Opaque, _) => {}
             (Body::Document, Piece::Bytes(bytes)) => self.scanner.push(bytes, &mut self.findings),
@@ -191,6 +204,36 @@ impl Exchange {
         }
         self.last_content_at = Some(at);
         self.chunks += 1;
+        if self.progress.is_due(at) {
+            self.mark(at);
+        }
+    }
+
+    fn mark(&mut self, at: At) {
+        let narrow = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+        self.progress.mark(Mark {
+            at,
+            chunks: narrow(self.chunks),
+            completion_tokens: self.tokens_so_far().completion.map(narrow),
+        });
+    }
+
+    /// What a stream that goes on has told of its tokens so far. Nothing is known where it tells at its end only.
+    pub fn tokens_so_far(&self) -> Tokens {
+        self.counts.running.tokens(self.spread())
+    }
+
+    /// How the generated content has come along. The last content is part of it, however new.
+    pub fn progress(&mut self) -> &Progress {
+        if let Some(last) = self.last_content_at {
+            self.mark(last);
+        }
+        &self.progress
+    }
+
+    /// Lets go of what lies before `at`: the reader has taken note of it.
+    pub fn forget_progress_before(&mut self, at: At) {
+        self.progress.forget_before(at);
     }
 
     /// Whether chunks with generated content have been seen.
@@ -225,6 +268,7 @@ impl Exchange {
             }
             _ => {}
         }
+        self.progress();
         let (tokens, usage_source) = self.tokens(is_cut);
         let asked = self.request.into_asked();
         Facts {
@@ -246,6 +290,8 @@ impl Exchange {
             queue_us: self.findings.queue_us,
             gaps: self.gaps,
             chunks: self.chunks,
+            progress: self.progress,
+            last_byte_at: self.last_byte_at,
             request_bytes: self.request_bytes,
             response_bytes: self.response_bytes,
         }

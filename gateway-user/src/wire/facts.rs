@@ -2,6 +2,7 @@
 
 use super::At;
 use super::endpoint::Endpoint;
+use super::progress::Progress;
 
 /// How an exchange came to its end, as told by whoever moved the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,6 +174,10 @@ pub struct Facts {
     pub gaps: Gaps,
     /// Chunks with generated content.
     pub chunks: u64,
+    /// How the generated content came along.
+    pub progress: Progress,
+    /// When the last byte of the response came; when the request began if none did.
+    pub last_byte_at: At,
     /// Payload of the request's body.
     pub request_bytes: u64,
     /// Payload of the response's body.
@@ -201,6 +206,8 @@ impl Facts {
             queue_us: None,
             gaps: Gaps::default(),
             chunks: 0,
+            progress: Progress::default(),
+            last_byte_at: started,
             request_bytes: 0,
             response_bytes: 0,
         }

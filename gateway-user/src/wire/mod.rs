@@ -8,6 +8,7 @@
 //! * [`body`] finds the payload inside a framing (content length, chunked, until close).
 //! * [`endpoint`] knows vLLM's routes and which of them cost tokens.
 //! * [`sse`] finds the data of server-sent events, [`json`] the values that matter in a document.
+//! * [`progress`] keeps how a response came along.
 //! * [`exchange`] gathers the [`facts`] of one request and its response.
 //! * [`connection`] does all this for the raw bytes of a TCP connection.
 
@@ -18,6 +19,7 @@ pub mod exchange;
 pub mod facts;
 pub mod head;
 pub mod json;
+pub mod progress;
 mod request;
 mod response;
 pub mod sse;

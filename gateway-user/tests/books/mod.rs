@@ -1,7 +1,8 @@
 //! Three books of the same requests, joined by request id: what the clients saw (`vllm-load --records`), what the gateway wrote
 //! (its events) and what the engines did (`vllm-sim --introspect`).
+#![allow(dead_code, reason = "each test program uses its own part")]
 
-use crate::support::{self, Sim, TestGateway, eventually, exchange, metric_sum};
+use crate::support::{self, KeptSegment, Sim, TestGateway, eventually, exchange, metric_sum};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -126,6 +127,8 @@ pub struct Books {
     pub engines: Work,
     /// The gateway's `/metrics`.
     pub metrics: String,
+    /// What the gateway told the ledger.
+    pub segments: Vec<KeptSegment>,
 }
 
 impl Books {
@@ -180,6 +183,7 @@ impl Books {
             rows,
             engines,
             metrics,
+            segments: gateway.events.segments(),
         }
     }
 

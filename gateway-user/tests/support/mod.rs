@@ -16,6 +16,7 @@ use vllm_gateway::books::Outlets;
 use vllm_gateway::config::Config;
 use vllm_gateway::event::{EventSink, RequestEvent};
 use vllm_gateway::gateway::{self, Gateway};
+use vllm_gateway::ledger::{Segment, SegmentRow, Window};
 #[cfg(target_os = "linux")]
 use vllm_gateway::tap::Tap;
 use vllm_gateway::tap::agent::Source;
@@ -79,14 +80,35 @@ fn spawn_listening(mut command: Command) -> (Child, SocketAddr) {
     (child, addr)
 }
 
-/// Keeps every event.
+/// A segment that a request has had.
+#[derive(Clone, Debug)]
+pub struct KeptSegment {
+    /// Where it ran.
+    pub upstream: Box<str>,
+    /// In which window.
+    pub window: Window,
+    /// The rest of the row.
+    pub segment: Segment,
+}
+
+/// Keeps every event, and every segment.
 #[derive(Default)]
 pub struct Collector {
     events: Mutex<Vec<RequestEvent>>,
+    segments: Mutex<Vec<KeptSegment>>,
     arrived: Condvar,
 }
 
 impl EventSink for Collector {
+    fn segment(&self, row: &SegmentRow<'_>) {
+        let mut segments = self.segments.lock().expect("no panic while segments are held");
+        segments.push(KeptSegment {
+            upstream: row.upstream.into(),
+            window: row.window_start,
+            segment: row.to_segment(),
+        });
+    }
+
     fn record(&self, event: &RequestEvent) {
         self.events
             .lock()
@@ -110,6 +132,12 @@ impl Collector {
             events.len()
         );
         events.clone()
+    }
+
+    /// The segments so far.
+    pub fn segments(&self) -> Vec<KeptSegment> {
+        let segments = self.segments.lock().expect("no panic while segments are held");
+        segments.clone()
     }
 
     /// The events so far.

@@ -4,7 +4,7 @@ use super::*;
 use proptest::prelude::*;
 
 /// Memory of one exchange: thousands of streams idle at once, and each holds one of these.
-const MAX_EXCHANGE_BYTES: usize = 1_024;
+const MAX_EXCHANGE_BYTES: usize = 1_152;
 
 const _: () = assert!(size_of::<Exchange>() <= MAX_EXCHANGE_BYTES);
 

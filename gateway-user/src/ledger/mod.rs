@@ -1,0 +1,41 @@
+//! What each window of each upstream cost whom: money as a pure function of stored facts.
+//!
+//! * [`time`] and [`money`] hold the units: whole microseconds, whole nano-USD.
+//! * [`segment`] cuts a request at the edges of windows.
+//! * [`engine`] makes what an engine said at its scrapes a view of each window.
+//! * [`price`] says what an upstream costs at each moment; [`method`] by which rules that is shared out.
+//! * [`share`] divides the time of an upstream between the requests that ran on it.
+//! * [`facts`] is what is known of one window of one upstream, and [`allocate()`] makes the rows of `cost_ledger` ([`row`]) out of it.
+//! * [`rates`] is the other amount: what a request is charged by its tokens alone.
+//!
+//! Promises: the rows of a window sum to the window's bill to the nano-USD, and the bills of adjoining windows to the bill of the span
+//! that they cover; no row is negative; the same facts give the same rows, whoever computes them and in whatever order they came. No
+//! float touches an amount, and there is neither a clock nor any I/O in here.
+//!
+//! Left out: where the facts come from, when a window is settled, and which revision of it stands.
+
+mod allocate;
+pub mod engine;
+pub mod facts;
+pub mod method;
+pub mod money;
+pub mod price;
+pub mod rates;
+pub mod row;
+pub mod segment;
+mod share;
+pub mod time;
+
+pub use allocate::allocate;
+pub use engine::{Scrape, Totals, settle, view};
+pub use facts::{Account, Condition, EngineSpan, EngineView, Segment, WindowFacts, Work};
+pub use method::{Method, Millionths, Weights};
+pub use money::NanoUsd;
+pub use price::{Price, PriceError, PriceList};
+pub use rates::{PerMillion, Rate, RateCard, Usage};
+pub use row::{CostRow, Edition, State};
+pub use segment::{Cutter, Point, Run, SegmentRow, Slice, Wait, scheduled};
+pub use time::{Micros, Span, Window};
+
+#[cfg(test)]
+mod tests;
