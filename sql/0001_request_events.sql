@@ -41,6 +41,9 @@ CREATE TABLE IF NOT EXISTS request_events{on_cluster}
     request_bytes UInt64 CODEC(T64, ZSTD(1)),
     response_bytes UInt64 CODEC(T64, ZSTD(1)),
     gateway_overhead_us Nullable(UInt64) CODEC(T64, ZSTD(1)),
+    -- At the server's socket, by the kernel's clock; NULL where no probe saw the request.
+    tap_ttft_us Nullable(UInt64) CODEC(T64, ZSTD(1)),
+    tap_duration_us Nullable(UInt64) CODEC(T64, ZSTD(1)),
     charge_nano_usd Int64 CODEC(T64, ZSTD(1)),
     request_id String CODEC(ZSTD(1)),
     trace_id String CODEC(ZSTD(1)),

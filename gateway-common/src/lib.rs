@@ -1,13 +1,10 @@
-//! What the kernel probe and the userspace agent must agree on: the ports' byte order, the directions and
-//! the flags of a captured segment. Nothing else lives here, and nothing here needs `std`.
+//! What the kernel probe and the agent must agree on: the layout of a captured segment, the names and shapes of the maps
+//! between them, and what is counted. Nothing else lives here, and nothing here needs `std`.
+//!
+//! Both sides run on the same machine, so that numbers are in its own byte order. Every layout is asserted when either side is
+//! compiled: a change that moves a field breaks the build, not the numbers.
 #![no_std]
 
-/// Which way a TCP segment went, seen from the server (vLLM) whose socket is watched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Direction {
-    /// Towards the server: bytes of a request.
-    Ingress = 0,
-    /// From the server: bytes of a response.
-    Egress = 1,
-}
+pub mod counter;
+pub mod record;
+pub mod setting;

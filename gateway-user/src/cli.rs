@@ -8,6 +8,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, ConfigError, EXIT_CONFIG, Env, effective_yaml};
+use crate::report::ReportArgs;
 use crate::store::embedded::EmbeddedArgs;
 
 /// The file that is read when none is named and it exists.
@@ -29,8 +30,14 @@ pub enum Command {
     Run(ConfigSource),
     /// Say what is wrong with the config (exit code 78), or print what is in force, secrets masked.
     CheckConfig(ConfigSource),
+    /// Print what each team used and how it was served, from the rows in ClickHouse.
+    Report(ReportArgs),
     /// Run ClickHouse's engine behind its HTTP interface, as the gateway does for `store.url: embedded`.
     EmbeddedClickhouse(EmbeddedArgs),
+    /// Attach the kernel probe for the gateway that started this, on standard input; of no use by hand.
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    TapAttacher,
 }
 
 /// Where the config comes from.

@@ -4,9 +4,59 @@
 //! took, how many tokens it used. Its JSON form is the row of `request_events`, name for name. It holds no text of a prompt or a
 //! completion, and of an error only its type.
 
+use crate::wire::At;
 use crate::wire::exchange::{Facts, Outcome, UsageSource};
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 use std::pin::Pin;
+use std::sync::Arc;
+
+/// Which path saw a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CapturedBy {
+    /// The proxy, which it passed through.
+    #[default]
+    #[serde(rename = "proxy")]
+    Proxy,
+    /// The kernel probe alone: it went straight to its server.
+    #[serde(rename = "tap")]
+    Tap,
+    /// Both.
+    #[serde(rename = "proxy+tap")]
+    ProxyAndTap,
+}
+
+/// What the kernel saw of a request at its server's socket, on the monotonic clock that the gateway reads too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TapTimes {
+    /// The request's first byte arrived.
+    pub arrived: At,
+    /// The response's last byte left.
+    pub ended: At,
+    /// From the one to the first chunk with generated content. Streams only.
+    pub ttft_us: Option<u64>,
+}
+
+/// When another gateway's request was at its server's socket: a row of `tap_timings`, name for name, joined by event id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TapTiming {
+    /// The event that the other gateway writes.
+    pub event_id: Box<str>,
+    /// Wall clock at the request's arrival, microseconds since 1970.
+    #[serde(rename = "seen_at")]
+    pub seen_at_us: i64,
+    /// The gateway whose probe saw it.
+    pub seen_by: Box<str>,
+    /// Arrival to the first chunk with generated content.
+    pub ttft_us: Option<u64>,
+    /// Arrival to the response's last byte.
+    pub duration_us: u64,
+}
+
+/// Where such timings go. It must neither block nor fail.
+pub trait TimingSink: Send + Sync {
+    /// Takes note of one.
+    fn record(&self, timing: &TapTiming);
+}
 
 /// Everything about a request that the bytes themselves do not tell.
 #[derive(Clone, Debug)]
@@ -33,8 +83,10 @@ pub struct Context {
     pub status: Option<u16>,
     /// Why the gateway answered by itself: a reason from a bounded set.
     pub error_type: Option<&'static str>,
-    /// Time that the gateway itself added before the first byte went upstream.
+    /// Time that the gateway itself added before the first byte went upstream, or arrived there where the kernel saw it arrive.
     pub gateway_overhead_us: Option<u64>,
+    /// The kernel's times of the same request.
+    pub tap: Option<TapTimes>,
 }
 
 /// A request that has ended. Absent values are unknown, not zero.
@@ -61,8 +113,8 @@ pub struct RequestEvent {
     pub priority: i64,
     /// Whether the response was a stream of events.
     pub stream: bool,
-    /// Which path saw it: `proxy` or `tap`.
-    pub capture: &'static str,
+    /// Which path saw it.
+    pub capture: CapturedBy,
     /// Status code that the client got; 0 when it got none.
     pub status_code: u16,
     /// How it ended.
@@ -103,6 +155,10 @@ pub struct RequestEvent {
     pub response_bytes: u64,
     /// Time that the gateway itself added.
     pub gateway_overhead_us: Option<u64>,
+    /// As `ttft_us`, but from the request's arrival at the server's socket, by the kernel's clock.
+    pub tap_ttft_us: Option<u64>,
+    /// As `duration_us`, likewise.
+    pub tap_duration_us: Option<u64>,
     /// `X-Request-Id`.
     pub request_id: Box<str>,
     /// Trace id.
@@ -118,7 +174,7 @@ pub struct RequestEvent {
 
 impl RequestEvent {
     /// Joins what the bytes told with what the gateway knows.
-    pub fn new(context: Context, facts: Facts, capture: &'static str) -> RequestEvent {
+    pub fn new(context: Context, facts: Facts, capture: CapturedBy) -> RequestEvent {
         let owned = |text: Option<Box<str>>| text.unwrap_or_default();
         let gaps = facts.gaps;
         let error_type = context.error_type.map(Box::from).or(facts.error_type);
@@ -153,6 +209,8 @@ impl RequestEvent {
             request_bytes: facts.request_bytes,
             response_bytes: facts.response_bytes,
             gateway_overhead_us: context.gateway_overhead_us,
+            tap_ttft_us: context.tap.and_then(|tap| tap.ttft_us),
+            tap_duration_us: context.tap.map(|tap| tap.ended.micros_since(tap.arrived)),
             request_id: context.request_id,
             trace_id: owned(context.trace_id),
             error_type: owned(error_type),
@@ -169,8 +227,10 @@ pub struct Begin<'a> {
     pub event_id: &'a str,
     /// Wall clock at the request's first byte, microseconds since 1970.
     pub started_at_us: i64,
-    /// Which gateway it came to.
+    /// Which gateway it came to, or saw it.
     pub gateway_id: &'a str,
+    /// Which path saw it.
+    pub capture: CapturedBy,
     /// Who pays.
     pub team_id: &'a str,
     /// Optional second level of attribution.
@@ -191,11 +251,17 @@ pub struct Begin<'a> {
 
 impl<'a> Begin<'a> {
     /// What is known of a request so far; `None` before it is known who it is for.
-    pub fn of(context: &'a Context, endpoint: &'static str, model: Option<&'a str>) -> Option<Begin<'a>> {
+    pub fn of(
+        context: &'a Context,
+        capture: CapturedBy,
+        endpoint: &'static str,
+        model: Option<&'a str>,
+    ) -> Option<Begin<'a>> {
         Some(Begin {
             event_id: &context.event_id,
             started_at_us: context.started_at_us,
             gateway_id: &context.gateway_id,
+            capture,
             team_id: context.team.as_deref()?,
             project: context.project.as_deref(),
             user_id: context.user.as_deref(),
@@ -224,6 +290,40 @@ pub trait EventSink: Send + Sync {
 
     /// Takes note of a request that has ended. Called once for each.
     fn record(&self, event: &RequestEvent);
+}
+
+/// All sinks of a gateway.
+#[derive(Clone)]
+pub struct Sinks(Arc<[Arc<dyn EventSink>]>);
+
+impl Sinks {
+    /// These, in the order in which each is told.
+    pub fn new(sinks: impl IntoIterator<Item = Arc<dyn EventSink>>) -> Sinks {
+        Sinks(sinks.into_iter().collect())
+    }
+}
+
+impl EventSink for Sinks {
+    fn began(&self, begin: &Begin<'_>) {
+        self.0.iter().for_each(|sink| sink.began(begin));
+    }
+
+    /// Done when all of them are.
+    fn settled(&self) -> Option<Settled> {
+        let waits: Vec<Settled> = self.0.iter().filter_map(|sink| sink.settled()).collect();
+        if waits.is_empty() {
+            return None;
+        }
+        Some(Box::pin(async move {
+            for wait in waits {
+                wait.await;
+            }
+        }))
+    }
+
+    fn record(&self, event: &RequestEvent) {
+        self.0.iter().for_each(|sink| sink.record(event));
+    }
 }
 
 impl Outcome {

@@ -1,11 +1,14 @@
 //! The gateway as a whole: what is bound and built before it runs, how it runs, and how it ends.
 
 use crate::admin::{AdminServer, Readiness, State};
-use crate::config::{Config, RuntimeKind};
-use crate::event::EventSink;
+use crate::books::{Books, Outlets};
+use crate::config::{Capture, Config, RuntimeKind};
+use crate::correlate::Beside;
+use crate::event::{EventSink, Sinks};
 use crate::metrics::{Limits, Metrics, MetricsError};
 use crate::net::{self, BindError};
 use crate::proxy::{Shared, Worker, accept, health};
+use crate::tap::agent::{Agent, Source};
 use crate::vllm::{SampleSink, scrape::Scraper};
 use std::future::Future;
 use std::io;
@@ -32,25 +35,26 @@ pub enum StartError {
 /// A gateway whose addresses are bound, and that serves nobody yet.
 pub struct Gateway {
     shared: Arc<Shared>,
+    /// None when there is no proxy.
     listeners: Vec<TcpListener>,
     admin: AdminServer,
     readiness: Readiness,
-    sample_sinks: Vec<Arc<dyn SampleSink>>,
+    samples: Vec<Arc<dyn SampleSink>>,
+    tap: Option<Arc<Agent>>,
 }
 
 impl Gateway {
-    /// Binds the addresses of `config`. Ended requests go to `sinks` too.
+    /// A gateway behind `listeners`, as [`bind_for_clients`] makes them; binds the address for operators. `source` is the kernel probe,
+    /// where there is one: what it sees is booked like what passes through.
     ///
     /// # Errors
     /// [`StartError`], which names the address and who holds it.
-    pub fn build(config: Config, sinks: Vec<Arc<dyn EventSink>>) -> Result<Gateway, StartError> {
-        let count = match config.gateway.runtime {
-            RuntimeKind::Shared => NonZeroUsize::MIN,
-            RuntimeKind::PerCore => workers(&config),
-        };
-        let listen = config.gateway.listen;
-        let setting = "gateway.listen or GATEWAY_LISTEN_ADDR";
-        let listeners = net::bind_listeners(listen, "gateway", setting, count)?;
+    pub fn build(
+        config: Config,
+        listeners: Vec<TcpListener>,
+        outlets: Outlets,
+        source: Option<Box<dyn Source>>,
+    ) -> Result<Gateway, StartError> {
         let max_teams = config.metrics.max_teams as usize;
         let metrics = Metrics::new(Limits {
             max_teams,
@@ -58,20 +62,21 @@ impl Gateway {
         })?;
         let readiness = Readiness::default();
         let admin = AdminServer::bind(config.admin.listen, metrics.clone(), readiness.clone())?;
-        let shared = Shared::new(config, metrics, sinks);
+        let own: Arc<dyn EventSink> = Arc::new(metrics.clone());
+        let books = Books::new(&config, Sinks::new([own].into_iter().chain(outlets.events)));
+        let tap = source.map(|source| Arc::new(Agent::new(&config, source, &books, outlets.timings)));
+        if let Some(tap) = &tap {
+            metrics.show_tap(Arc::downgrade(tap))?;
+        }
+        let beside = tap.clone().map(|tap| tap as Arc<dyn Beside>);
         Ok(Gateway {
-            shared,
+            shared: Shared::new(config, metrics, books, beside),
             listeners,
             admin,
             readiness,
-            sample_sinks: Vec::new(),
+            samples: outlets.samples,
+            tap,
         })
-    }
-
-    /// What the upstreams say of themselves goes to `sinks` too.
-    pub fn with_sample_sinks(mut self, sinks: Vec<Arc<dyn SampleSink>>) -> Gateway {
-        self.sample_sinks = sinks;
-        self
     }
 
     /// The registry of metrics.
@@ -79,12 +84,9 @@ impl Gateway {
         &self.shared.metrics
     }
 
-    /// Where clients connect.
-    ///
-    /// # Errors
-    /// Those of the socket.
-    pub fn client_addr(&self) -> io::Result<SocketAddr> {
-        self.listeners[0].local_addr()
+    /// Where clients connect, if there is a proxy.
+    pub fn client_addr(&self) -> Option<SocketAddr> {
+        self.listeners.first()?.local_addr().ok()
     }
 
     /// Where operators connect.
@@ -121,8 +123,10 @@ impl Gateway {
             listeners,
             admin,
             readiness,
-            sample_sinks,
+            samples,
+            tap,
         } = self;
+        let tapping = tap.map(Agent::run).transpose()?;
         let (admin_end, admin_ended) = watch::channel(false);
         let admin = tokio::spawn(admin.run(admin_ended));
         let mut checks = tokio::task::JoinSet::new();
@@ -130,10 +134,10 @@ impl Gateway {
             checks.spawn(health::watch(Arc::clone(&shared), Arc::clone(upstream)));
             let metrics = shared.metrics.scrape(upstream.name());
             let scraper = Scraper::new(
-                shared.ids.gateway_id(),
+                shared.books.ids.gateway_id(),
                 upstream.config(),
                 metrics,
-                sample_sinks.clone(),
+                samples.clone(),
             );
             checks.spawn(scraper.run(shared.config.vllm.scrape_interval));
         }
@@ -146,6 +150,10 @@ impl Gateway {
         for worker in serving {
             cut_off += worker.await.unwrap_or(0);
         }
+        // What the kernel has seen so far is booked before the sinks go.
+        if let Some(tapping) = tapping {
+            tapping.finish();
+        }
         // The admin server goes last, so that `/ready` and the last counts can be read until the end.
         admin_end.send_replace(true);
         if let Ok(ended) = admin.await {
@@ -153,6 +161,22 @@ impl Gateway {
         }
         Ok(cut_off)
     }
+}
+
+/// Binds the address for clients, once for each worker that has a listener of its own. None without a proxy.
+///
+/// # Errors
+/// [`BindError`], which names the address and who holds it.
+pub fn bind_for_clients(config: &Config) -> Result<Vec<TcpListener>, BindError> {
+    if config.capture == Capture::Tap {
+        return Ok(Vec::new());
+    }
+    let count = match config.gateway.runtime {
+        RuntimeKind::Shared => NonZeroUsize::MIN,
+        RuntimeKind::PerCore => workers(config),
+    };
+    let setting = "gateway.listen or GATEWAY_LISTEN_ADDR";
+    net::bind_listeners(config.gateway.listen, "gateway", setting, count)
 }
 
 /// Starts what serves each listener; each tells in the end how many requests it had to cut off.

@@ -4,15 +4,19 @@ use anyhow::Context;
 use clap::Parser;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
-use std::process::ExitCode;
+use std::os::unix::process::CommandExt;
+use std::process::{self, ExitCode};
+use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
-use vllm_gateway::config::{Capture, Config, EXIT_CONFIG, LogConfig, LogFormat};
+use vllm_gateway::config::{Config, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::descriptors;
-use vllm_gateway::gateway::Gateway;
+use vllm_gateway::gateway::{self, Gateway};
+use vllm_gateway::report;
 use vllm_gateway::store::embedded;
 use vllm_gateway::store::service::StoreService;
+use vllm_gateway::tap;
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
@@ -21,15 +25,26 @@ fn main() -> anyhow::Result<ExitCode> {
             let code = cli::check_config(&source, &environment, &mut io::stdout(), &mut io::stderr())?;
             Ok(ExitCode::from(code))
         }
+        Command::Report(arguments) => {
+            let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+            let (mut out, mut err) = (io::stdout(), io::stderr());
+            let code = runtime.block_on(report::run(&arguments, &environment, &mut out, &mut err))?;
+            Ok(ExitCode::from(code))
+        }
         Command::EmbeddedClickhouse(arguments) => {
             start_log(&Config::default().log);
             embedded::run(&arguments, &environment)
+        }
+        #[cfg(target_os = "linux")]
+        Command::TapAttacher => {
+            vllm_gateway::tap::attacher::serve().context("the kernel probe cannot be attached for anyone")?;
+            Ok(ExitCode::SUCCESS)
         }
     }
 }
 
 fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
-    let config = match source.load(&environment) {
+    let mut config = match source.load(&environment) {
         Ok(config) => config,
         Err(error) => {
             eprintln!("{error}");
@@ -37,13 +52,19 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         }
     };
     start_log(&config.log);
-    if matches!(config.capture, Capture::Tap | Capture::ProxyAndTap) {
-        eprintln!(
-            "capture: {} needs the kernel probe, which this build does not have; set `auto` or `proxy`",
-            config.capture
-        );
-        return Ok(ExitCode::from(EXIT_CONFIG));
-    }
+    let listeners = gateway::bind_for_clients(&config)?;
+    let program = std::env::current_exe().context("the program's own file is not known")?;
+    let mut helper = process::Command::new(&program);
+    // Ctrl-C is meant for the gateway, which still needs the probe while it drains.
+    helper.arg("tap-attacher").process_group(0);
+    // After that, since binding may take a privilege too, and before any thread is started: what is given up then, all threads must have.
+    let source = match tap::open(&mut config, helper) {
+        Ok(source) => source,
+        Err(error) => {
+            eprintln!("capture: {}: {error}", config.capture);
+            return Ok(ExitCode::from(EXIT_CONFIG));
+        }
+    };
     raise_descriptor_limit(config.proxy.max_connections);
     let upstreams: Vec<String> = config
         .upstreams
@@ -51,17 +72,17 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         .map(|upstream| format!("{} at {}", upstream.name, upstream.url))
         .collect();
     let store = StoreService::open(&config)?;
-    let sinks = store.as_ref().map(StoreService::events).into_iter().collect();
-    let sample_sinks = store.as_ref().map(StoreService::samples).into_iter().collect();
-    let gateway = Gateway::build(config, sinks)?.with_sample_sinks(sample_sinks);
+    let outlets = store.as_ref().map(StoreService::outlets).unwrap_or_default();
+    let capture = config.capture;
+    let gateway = Gateway::build(config, listeners, outlets, source)?;
     if let Some(store) = &store {
         gateway.metrics().show_store(store.counts())?;
     }
-    let (clients, admin) = (gateway.client_addr()?, gateway.admin_addr());
+    let clients = gateway.client_addr().map(|addr| addr.to_string());
+    let admin = gateway.admin_addr();
     gateway.runtime()?.block_on(async {
         let stop = stop_signal()?;
-        tracing::info!(%clients, %admin, upstreams = upstreams.join(", "), "gateway is up");
-        let program = std::env::current_exe().context("the program's own file is not known")?;
+        tracing::info!(%capture, clients, %admin, upstreams = upstreams.join(", "), "gateway is up");
         let storing = store.map(|store| store.start(program, environment));
         let cut_off = gateway.run(stop).await?;
         if let Some(storing) = storing {
@@ -123,7 +144,7 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            std::process::exit(130);
+            process::exit(130);
         });
     })
 }

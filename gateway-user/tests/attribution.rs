@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use support::{Sim, TestGateway, exchange, metric_sum};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use vllm_gateway::event::RequestEvent;
+use vllm_gateway::event::{CapturedBy, RequestEvent};
 use vllm_gateway::wire::exchange::{Outcome, UsageSource};
 
 /// Every kind of request that is billed, from several teams, projects and users.
@@ -321,7 +321,7 @@ fn check_label(row: &Row) {
     };
     assert_eq!(
         (&*event.team_id, event.endpoint, event.capture),
-        (&*seen.team, path, "proxy"),
+        (&*seen.team, path, CapturedBy::Proxy),
         "{row:?}"
     );
     assert_eq!(

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 use vllm_gateway::config::{ByteSize, Fsync, SpoolConfig};
-use vllm_gateway::event::{Begin, Context, EventSink, RequestEvent};
+use vllm_gateway::event::{Begin, CapturedBy, Context, EventSink, RequestEvent};
 use vllm_gateway::store::Store;
 use vllm_gateway::wire::At;
 use vllm_gateway::wire::exchange::{Ending, Facts};
@@ -235,6 +235,7 @@ fn begin(event_id: &str) -> Begin<'_> {
         event_id,
         started_at_us: 1_700_000_000_000_000,
         gateway_id: "gw",
+        capture: CapturedBy::Proxy,
         team_id: "team-a",
         project: None,
         user_id: None,
@@ -260,6 +261,11 @@ fn ended(event_id: &str) -> RequestEvent {
         status: None,
         error_type: None,
         gateway_overhead_us: None,
+        tap: None,
     };
-    RequestEvent::new(context, Facts::unread(At(0), At(1), Ending::Refused), "proxy")
+    RequestEvent::new(
+        context,
+        Facts::unread(At(0), At(1), Ending::Refused),
+        CapturedBy::Proxy,
+    )
 }

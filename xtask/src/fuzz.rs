@@ -10,7 +10,7 @@ use clap::Args;
 use crate::stage::run as run_command;
 
 /// Every target, one file each in `fuzz/fuzz_targets/`.
-const TARGETS: [&str; 3] = ["connection", "cuts", "inject"];
+const TARGETS: [&str; 4] = ["connection", "cuts", "inject", "segments"];
 
 /// Real traffic to start from.
 const CAPTURES: &str = "gateway-user/tests/fixtures/vllm-0.32.0";

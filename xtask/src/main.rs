@@ -1,11 +1,13 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
 mod bench;
+mod build_ebpf;
 mod cache;
 mod clickhouse;
 mod dev;
 mod fuzz;
 mod guest;
+mod http;
 /// The gateway's own listeners, which know who holds a port. The file is compiled in: to depend on the library for it would make
 /// every command wait until all of the gateway is built.
 #[path = "../../gateway-user/src/net/mod.rs"]
@@ -46,6 +48,8 @@ enum Command {
     Bench(bench::Bench),
     /// Feed random and mutated bytes to whatever reads the network (needs a nightly compiler).
     Fuzz(fuzz::Options),
+    /// Compile the kernel probe anew, after a change to its sources.
+    BuildEbpf,
     /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
     GetClickhouse,
 }
@@ -60,6 +64,7 @@ fn main() -> Result<()> {
         Command::TestPowerCut => power_cut::run(root),
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
+        Command::BuildEbpf => build_ebpf::run(root),
         Command::GetClickhouse => clickhouse::get(),
     }
 }

@@ -122,6 +122,21 @@ pub fn ensure_installed(tools: &[Tool]) -> Result<()> {
 }
 
 impl Tool {
+    /// A tool that only building the kernel probe takes.
+    pub const fn for_probe(
+        name: &'static str,
+        probe: &'static [&'static str],
+        debian_package: &'static str,
+    ) -> Tool {
+        Tool {
+            name,
+            probe,
+            debian_package,
+            brew_formula: "rustup",
+            needed_by: "building the kernel probe",
+        }
+    }
+
     /// Whether it is there.
     pub fn works(&self) -> bool {
         succeeds(self.probe)

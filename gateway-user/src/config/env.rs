@@ -17,11 +17,12 @@ use super::{
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 /// Every variable that is read, in the order in which they are documented.
-pub const VARIABLES: [&str; 16] = [
+pub const VARIABLES: [&str; 17] = [
     "GATEWAY_LISTEN_ADDR",
     "GATEWAY_ADMIN_ADDR",
     "GATEWAY_WORKERS",
     "GATEWAY_CAPTURE",
+    "GATEWAY_TAP_CGROUP",
     "GATEWAY_SECRET",
     "SPOOL_DIR",
     "VLLM_URL",
@@ -47,6 +48,7 @@ pub(super) fn apply(env: Env<'_>, findings: &mut Findings<'_>, config: &mut Conf
     from.set("GATEWAY_ADMIN_ADDR", "admin.listen", &mut config.admin.listen);
     from.set("GATEWAY_WORKERS", "gateway.workers", &mut config.gateway.workers);
     from.set("GATEWAY_CAPTURE", "capture", &mut config.capture);
+    from.set("GATEWAY_TAP_CGROUP", "tap.cgroup", &mut config.tap.cgroup);
     from.set("GATEWAY_SECRET", "gateway.secret", &mut config.gateway.secret);
     from.set("SPOOL_DIR", "spool.dir", &mut config.spool.dir);
     from.set_upstreams("VLLM_URL", Serves::Generate, "chat", &mut config.upstreams);

@@ -15,6 +15,7 @@ pub mod error;
 mod read;
 mod schema;
 mod setting;
+mod tap;
 pub mod units;
 mod validate;
 mod values;
@@ -29,6 +30,7 @@ pub use schema::{
     AdminConfig, Config, GatewayConfig, IdentityConfig, LogConfig, MetricsConfig, ProxyConfig, SpoolConfig,
     StoreConfig, UpstreamConfig, UsageConfig, VllmConfig,
 };
+pub use tap::{CgroupChoice, TapConfig};
 pub use units::ByteSize;
 pub use values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl, ValueError};
 pub use words::{

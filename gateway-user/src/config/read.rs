@@ -6,6 +6,7 @@ use super::{
     error::{Place, Problem, quote, suggest},
     schema::{Config, GatewayConfig, IdentityConfig, ProxyConfig, SpoolConfig, UpstreamConfig},
     setting::Setting,
+    tap::TapConfig,
     values::{Name, UpstreamUrl},
     words::Serves,
     yaml::{Document, Node, Scalar},
@@ -88,6 +89,7 @@ pub(super) fn read_file(findings: &mut Findings<'_>, config: &mut Config) {
         top.section("admin", |section| {
             section.read("listen", &mut config.admin.listen)
         });
+        top.section("tap", |section| read_tap(section, &mut config.tap));
         top.section("identity", |section| read_identity(section, &mut config.identity));
         top.sections("upstreams", &mut config.upstreams, read_upstream);
         top.section("proxy", |section| read_proxy(section, &mut config.proxy));
@@ -128,6 +130,15 @@ fn read_gateway(section: &mut Section<'_, '_>, gateway: &mut GatewayConfig) {
     section.read("id", &mut gateway.id);
     section.read("secret", &mut gateway.secret);
     section.read("drain_timeout", &mut gateway.drain_timeout);
+}
+
+fn read_tap(section: &mut Section<'_, '_>, tap: &mut TapConfig) {
+    section.read_list("ports", &mut tap.ports);
+    section.read("cgroup", &mut tap.cgroup);
+    section.read("ring_bytes", &mut tap.ring_bytes);
+    section.read("ingress_prefix_bytes", &mut tap.ingress_prefix_bytes);
+    section.read("reattach", &mut tap.reattach);
+    section.read("poll_interval", &mut tap.poll_interval);
 }
 
 fn read_identity(section: &mut Section<'_, '_>, identity: &mut IdentityConfig) {

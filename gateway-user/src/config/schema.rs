@@ -12,6 +12,7 @@ use std::{
 use serde::Serialize;
 
 use super::{
+    tap::TapConfig,
     units::{ByteSize, serialize_duration},
     values::{HeaderName, Name, Secret, StoreUrl, UpstreamUrl},
     words::{Capture, Fsync, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull},
@@ -26,6 +27,8 @@ pub struct Config {
     pub capture: Capture,
     /// The address for operators.
     pub admin: AdminConfig,
+    /// What the kernel probe watches.
+    pub tap: TapConfig,
     /// Who a request is for.
     pub identity: IdentityConfig,
     /// The servers that requests go to; never empty. Default: `chat` on port 8000 and `embeddings` on port 8001.
@@ -254,6 +257,7 @@ impl Default for Config {
             gateway: GatewayConfig::default(),
             capture: Capture::Auto,
             admin: AdminConfig::default(),
+            tap: TapConfig::default(),
             identity: IdentityConfig::default(),
             upstreams: vec![
                 UpstreamConfig::local("chat", 8000, Serves::Generate),

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::{
     error::suggest,
+    tap::CgroupChoice,
     units::{ByteSize, UnitError, parse_duration},
     values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl, ValueError},
     words::{Capture, Fsync, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull},
@@ -84,6 +85,29 @@ impl Setting for u32 {
             Scalar::Integer(value) => Self::from_text(&value.to_string()),
             Scalar::Text(text) if Self::from_text(text).is_ok() => Err("write it without quotes".to_owned()),
             _ => Err(format!("it must be from 0 to {}", u32::MAX)),
+        }
+    }
+}
+
+/// A port, which is the only number of that size that is configured.
+impl Setting for u16 {
+    fn expected() -> String {
+        "a port".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        let port = u32::from_text(text)
+            .ok()
+            .and_then(|number| u16::try_from(number).ok());
+        port.filter(|&port| port != 0)
+            .ok_or_else(|| "it must be from 1 to 65535".to_owned())
+    }
+
+    fn from_scalar(scalar: &Scalar) -> Result<Self, String> {
+        let is_text = matches!(scalar, Scalar::Text(_));
+        match Self::from_text(&scalar.to_string()) {
+            Ok(_) if is_text => Err("write it without quotes".to_owned()),
+            read => read,
         }
     }
 }
@@ -194,6 +218,7 @@ setting_by_from_str! {
     StoreUrl: "embedded, or an address such as http://clickhouse:8123",
     HeaderName: "the name of an HTTP header",
     Name: "a name",
+    CgroupChoice: "auto, a directory, unit:NAME or container:ID",
 }
 
 /// Implements [`Setting`] for the enums that are spelled as one of a few words.

@@ -6,7 +6,8 @@ use super::{
     error::quote,
     read::Findings,
     schema::{Config, GatewayConfig, IdentityConfig, ProxyConfig, SpoolConfig, UpstreamConfig},
-    units::ByteSize,
+    tap::TapConfig,
+    units::{ByteSize, format_duration},
     values::UpstreamUrl,
 };
 
@@ -27,6 +28,15 @@ const SEGMENT_MAX: ByteSize = ByteSize::from_mib(64);
 
 /// One file that is filled, two that are ready, and one that waits.
 const SEGMENTS_MIN: u64 = 4;
+
+/// What little of each packet to a server must be captured, so that a usual head is whole.
+const INGRESS_PREFIX_MIN: ByteSize = ByteSize::from_kib(1);
+
+/// Packets are hardly ever longer.
+const INGRESS_PREFIX_MAX: ByteSize = ByteSize::from_kib(512);
+
+/// At 50 000 records a second the default ring is full after a third of a second.
+const POLL_MAX: Duration = Duration::from_millis(100);
 
 /// Headers that name nobody: those of the connection and the framing, which the proxy itself acts on, and those that carry
 /// credentials, which must not end up as a team's name in metrics and tables.
@@ -56,6 +66,7 @@ const REQUEST_ID_HEADER: &str = "x-gateway-request-id";
 pub(super) fn validate(config: &Config, findings: &mut Findings<'_>) {
     validate_gateway(&config.gateway, findings);
     validate_addresses(config, findings);
+    validate_tap(&config.tap, findings);
     validate_identity(&config.identity, findings);
     validate_upstreams(&config.upstreams, findings);
     validate_proxy(&config.proxy, findings);
@@ -165,6 +176,35 @@ fn validate_identity(identity: &IdentityConfig, findings: &mut Findings<'_>) {
         let message = "false needs keys or tokens to tell teams apart, which this version does not have: \
                        every request would be refused; leave it true";
         findings.refuse("identity.trust_headers", message.to_owned());
+    }
+}
+
+fn validate_tap(tap: &TapConfig, findings: &mut Findings<'_>) {
+    let range = TapConfig::RING_MIN..=TapConfig::RING_MAX;
+    if !range.contains(&tap.ring_bytes) || !tap.ring_bytes.bytes().is_power_of_two() {
+        let message = format!(
+            "expected a power of two from {} to {}, found {}",
+            TapConfig::RING_MIN,
+            TapConfig::RING_MAX,
+            tap.ring_bytes
+        );
+        findings.refuse("tap.ring_bytes", message);
+    }
+    if !(INGRESS_PREFIX_MIN..=INGRESS_PREFIX_MAX).contains(&tap.ingress_prefix_bytes) {
+        let message = format!(
+            "expected {INGRESS_PREFIX_MIN} to {INGRESS_PREFIX_MAX}, found {}: a request's head must fit",
+            tap.ingress_prefix_bytes
+        );
+        findings.refuse("tap.ingress_prefix_bytes", message);
+    }
+    refuse_zero_duration("tap.poll_interval", tap.poll_interval, findings);
+    if tap.poll_interval > POLL_MAX {
+        let message = format!(
+            "expected at most {}, found {}: the ring would fill up meanwhile",
+            format_duration(POLL_MAX),
+            format_duration(tap.poll_interval)
+        );
+        findings.refuse("tap.poll_interval", message);
     }
 }
 

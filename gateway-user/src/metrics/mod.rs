@@ -16,6 +16,7 @@ mod process;
 mod scrape;
 mod series;
 mod store;
+mod tap;
 #[cfg(test)]
 mod tests;
 
@@ -24,12 +25,13 @@ pub use scrape::ScrapeMetrics;
 
 use crate::event::{EventSink, RequestEvent};
 use crate::store::service::StoreCounts;
+use crate::tap::agent::Agent;
 use crate::wire::exchange::Outcome;
 use families::Families;
 use labels::Admitted;
 use prometheus::{Registry, TextEncoder};
 use series::SeriesCache;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The content type of [`Metrics::encode`].
@@ -158,6 +160,17 @@ impl Metrics {
             .inner
             .registry
             .register(Box::new(store::StoreFamilies::of(counts)?))?)
+    }
+
+    /// Shows a tap's numbers too, for as long as it is there.
+    ///
+    /// # Errors
+    /// When they are shown already, which is a defect of this program.
+    pub fn show_tap(&self, tap: Weak<Agent>) -> Result<(), MetricsError> {
+        Ok(self
+            .inner
+            .registry
+            .register(Box::new(tap::TapFamilies::of(tap)?))?)
     }
 
     /// Everything, in Prometheus' text format. With many teams this takes milliseconds: not for an async thread.

@@ -33,6 +33,7 @@ pub(super) struct StoreFamilies {
     repaired: IntCounter,
     samples_waiting: IntGauge,
     samples_dropped: IntCounter,
+    timings_dropped: IntCounter,
 }
 
 impl StoreFamilies {
@@ -60,6 +61,7 @@ impl StoreFamilies {
             repaired: IntCounter::new("gateway_store_repaired_batches_total", "Batches of which a part was found to be stored.")?,
             samples_waiting: IntGauge::new("gateway_samples_waiting", "Samples of vLLM's own metrics that wait to be stored.")?,
             samples_dropped: IntCounter::new("gateway_samples_dropped_total", "Samples of vLLM's own metrics that were given up.")?,
+            timings_dropped: IntCounter::new("gateway_tap_timings_dropped_total", "Kernel times of other gateways' requests that were given up.")?,
         })
     }
 
@@ -85,6 +87,7 @@ impl StoreFamilies {
             &self.repaired,
             &self.samples_waiting,
             &self.samples_dropped,
+            &self.timings_dropped,
         ]
     }
 
@@ -99,6 +102,7 @@ impl StoreFamilies {
         raise(&self.repaired, read(&sent.repaired));
         self.samples_waiting.set(whole(self.counts.samples.len() as u64));
         raise(&self.samples_dropped, self.counts.samples.dropped());
+        raise(&self.timings_dropped, self.counts.timings.dropped());
     }
 
     fn read_spool(&self, stats: &SpoolStats) {

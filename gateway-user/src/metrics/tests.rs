@@ -1,6 +1,7 @@
 //! What the registry promises as a whole.
 
 use super::*;
+use crate::event::CapturedBy;
 use crate::vllm::SystemSample;
 use crate::wire::endpoint::Endpoint;
 use crate::wire::exchange::{GAP_BOUNDS_US, Gaps, UsageSource};
@@ -21,7 +22,7 @@ fn event(team: &str, model: &str) -> RequestEvent {
         endpoint: Endpoint::ChatCompletions.name(),
         priority: 0,
         stream: true,
-        capture: "proxy",
+        capture: CapturedBy::Proxy,
         status_code: 200,
         outcome: Outcome::Completed,
         finish_reason: "stop".into(),
@@ -41,6 +42,8 @@ fn event(team: &str, model: &str) -> RequestEvent {
         request_bytes: 100,
         response_bytes: 1_000,
         gateway_overhead_us: Some(50),
+        tap_ttft_us: None,
+        tap_duration_us: None,
         request_id: "".into(),
         trace_id: "".into(),
         error_type: "".into(),

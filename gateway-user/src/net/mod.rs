@@ -187,13 +187,15 @@ fn explain(source: io::Error, addr: SocketAddr, what: &'static str, setting: &'s
     }
 }
 
+/// Who listens on `addr`, or on its port everywhere; for an unspecified address, who listens on its port at all.
 #[cfg(target_os = "linux")]
-fn owner_of(addr: SocketAddr) -> Owner {
+pub fn owner_of(addr: SocketAddr) -> Owner {
     owner::find(addr)
 }
 
+/// Elsewhere the system does not say.
 #[cfg(not(target_os = "linux"))]
-fn owner_of(_: SocketAddr) -> Owner {
+pub fn owner_of(_: SocketAddr) -> Owner {
     Owner::Unknown
 }
 

@@ -4,6 +4,7 @@ use super::Worker;
 use super::client::{Client, NoRequest};
 use super::forward::{self, Next};
 use super::recording::Recording;
+use crate::clock;
 use crate::wire::endpoint::Endpoint;
 use crate::wire::head::RequestHead;
 use std::sync::Arc;
@@ -118,7 +119,7 @@ async fn connection(worker: Worker, stream: TcpStream) {
 async fn request(worker: &Worker, client: &mut Client) -> Next {
     let shared = &worker.shared;
     let limits = &shared.config.proxy;
-    let at = shared.clock.now();
+    let at = clock::now();
     match client
         .read_head(limits.max_head.as_len(), limits.head_timeout)
         .await

@@ -10,6 +10,7 @@ use super::respond::{self, Answer};
 use super::rewrite::{self, RequestAdditions, Sent};
 use super::upstream::{Place, Upstream, UpstreamConnection};
 use super::{Stop, Worker};
+use crate::clock;
 use crate::config::OnUninspectable;
 use crate::proxy::send::{self, Failed};
 use crate::wire::At;
@@ -93,7 +94,7 @@ impl Forward<'_> {
     async fn run(&mut self) -> Result<Next, Stop> {
         self.admit()?;
         let body = self.receive().await?;
-        let received = self.worker.shared.clock.now();
+        let received = clock::now();
         let model = self
             .recording
             .exchange()
@@ -130,6 +131,7 @@ impl Forward<'_> {
         }
         let fields = self.head.fields();
         let identity = shared
+            .books
             .identity
             .identify(fields.iter().map(|field| (field.name, field.value)))
             .map_err(|error| Refusal::Identity(error.to_string()))?;
@@ -164,12 +166,10 @@ impl Forward<'_> {
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
         }
         let (reader, _) = self.client.split();
-        let clock = self.worker.shared.clock;
         let mut receiver = Receiver {
             reader,
             limits,
             recording: &mut self.recording,
-            clock,
         };
         let body = receiver.receive(framing).await?;
         match &body {
@@ -263,13 +263,13 @@ impl Forward<'_> {
             _ => Sent::AsFramed,
         };
         let add = RequestAdditions {
-            gateway_request_id: &shared.ids.signed(self.recording.event_id()),
+            gateway_request_id: &shared.books.ids.signed(self.recording.event_id()),
             request_id: self.recording.request_id(),
             traceparent: &self.recording.trace.traceparent,
             identity_encoding: edited.is_some(),
         };
         let forward_identity = shared.config.identity.forward_headers;
-        let strip = |name: &str| !forward_identity && shared.identity.is_identity_header(name);
+        let strip = |name: &str| !forward_identity && shared.books.identity.is_identity_header(name);
         let mut out = Vec::with_capacity(self.head.fields().raw().len() + 256);
         rewrite::request_head(&self.head, sent, &add, strip, &mut out);
         out

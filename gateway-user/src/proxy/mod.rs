@@ -14,10 +14,8 @@
 pub mod accept;
 pub mod buffer;
 pub mod client;
-pub mod clock;
 pub mod forward;
 pub mod health;
-pub mod ids;
 pub mod inject;
 pub mod receive;
 pub mod recording;
@@ -26,18 +24,15 @@ pub mod relay;
 pub mod respond;
 pub mod rewrite;
 pub mod send;
-pub mod trace;
 pub mod upstream;
 
+use crate::books::Books;
 use crate::config::Config;
-use crate::event::{EventSink, RequestEvent};
-use crate::identity::IdentityRules;
+use crate::correlate::Beside;
 use crate::metrics::Metrics;
 use crate::wire::exchange::Ending;
 use buffer::BufferPool;
 use client::Gone;
-use clock::Clock;
-use ids::RequestIds;
 use inject::Learned;
 use refusal::Refusal;
 use std::sync::Arc;
@@ -47,52 +42,37 @@ use upstream::{ConnectionPool, Upstreams};
 pub struct Shared {
     /// The configuration.
     pub config: Config,
-    /// Who a request is for.
-    pub identity: IdentityRules,
+    /// Whose requests are, and where their events go.
+    pub books: Books,
     /// The servers.
     pub upstreams: Upstreams,
     /// Prometheus.
     pub metrics: Metrics,
-    /// Makes request ids.
-    pub ids: RequestIds,
-    /// Time.
-    pub clock: Clock,
     /// What was learned about the servers' answers.
     pub learned: Learned,
     /// Whether the gateway is on its way out.
     pub phase: accept::Phase,
-    /// Where events go, besides Prometheus.
-    pub sinks: Vec<Arc<dyn EventSink>>,
+    /// The kernel's view of the same requests, where there is one.
+    pub beside: Option<Arc<dyn Beside>>,
 }
 
 impl Shared {
     /// Everything that a gateway with this configuration needs.
-    pub fn new(config: Config, metrics: Metrics, sinks: Vec<Arc<dyn EventSink>>) -> Arc<Shared> {
-        let secret = config
-            .gateway
-            .secret
-            .as_ref()
-            .map(|secret| secret.expose().as_bytes().to_vec());
-        let gateway_id = config.gateway.id_or_host_name();
+    pub fn new(
+        config: Config,
+        metrics: Metrics,
+        books: Books,
+        beside: Option<Arc<dyn Beside>>,
+    ) -> Arc<Shared> {
         Arc::new(Shared {
-            identity: IdentityRules::new(&config.identity),
             upstreams: Upstreams::new(&config, &metrics),
-            ids: RequestIds::new(gateway_id.as_str(), secret.as_deref()),
-            clock: Clock::start(),
             learned: Learned::default(),
             phase: accept::Phase::default(),
+            books,
             metrics,
             config,
-            sinks,
+            beside,
         })
-    }
-
-    /// Takes note of a request that has ended.
-    pub fn record(&self, event: &RequestEvent) {
-        self.metrics.record(event);
-        for sink in &self.sinks {
-            sink.record(event);
-        }
     }
 }
 

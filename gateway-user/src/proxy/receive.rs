@@ -4,8 +4,8 @@ use super::Stop;
 use super::client::{Gone, Input, Reader};
 use super::recording::Recording;
 use super::refusal::Refusal;
+use crate::clock;
 use crate::config::ProxyConfig;
-use crate::proxy::clock::Clock;
 use crate::wire::Piece;
 use crate::wire::body::{BodyReader, Step};
 use crate::wire::head::Framing;
@@ -34,8 +34,6 @@ pub struct Receiver<'a, 'c> {
     pub limits: &'a ProxyConfig,
     /// Where the observer is.
     pub recording: &'a mut Recording,
-    /// Times of arrival.
-    pub clock: Clock,
 }
 
 impl Receiver<'_, '_> {
@@ -48,6 +46,11 @@ impl Receiver<'_, '_> {
         let (inspect_max, max_body) = (self.limits.inspect_max.as_len(), self.limits.max_body.as_len());
         let mut rest = BodyReader::new(framing);
         let mut body = Vec::new();
+        if rest.is_done()
+            && let Some(exchange) = self.recording.exchange()
+        {
+            exchange.request_end(clock::now());
+        }
         if let Framing::Length(bytes) = framing
             && bytes > inspect_max as u64
         {
@@ -83,17 +86,20 @@ impl Receiver<'_, '_> {
         rest: &mut BodyReader,
         mut each: impl FnMut(&[u8]),
     ) -> Result<(), Refusal> {
-        let at = self.clock.now();
+        let at = clock::now();
         loop {
             match rest.next(&mut input).map_err(Refusal::Body)? {
                 Step::Data(payload) => {
                     if let Some(exchange) = self.recording.exchange() {
-                        exchange.request_body(at, Piece::Bytes(payload));
+                        exchange.request_body(Piece::Bytes(payload));
                     }
                     each(payload);
                 }
                 Step::More => return Ok(()),
                 Step::End => {
+                    if let Some(exchange) = self.recording.exchange() {
+                        exchange.request_end(at);
+                    }
                     self.reader.unread(input);
                     return Ok(());
                 }

@@ -4,22 +4,17 @@
 //! taken down in the middle, by being dropped.
 
 use super::Shared;
-use super::ids::random_hex;
 use super::refusal::Refusal;
-use super::trace::Trace;
-use crate::event::{Begin, Context, RequestEvent};
+use crate::clock;
+use crate::event::{Begin, CapturedBy, Context, EventSink, RequestEvent};
 use crate::identity::Identity;
+use crate::ids::{self, random_hex};
 use crate::metrics::InflightGuard;
+use crate::trace::Trace;
 use crate::wire::exchange::{Ending, Exchange, Facts};
 use crate::wire::head::RequestHead;
 use crate::wire::{At, Piece};
 use std::sync::Arc;
-
-/// Longest `X-Request-Id` that is taken over from a client: it becomes part of vLLM's ids, log lines and rows.
-const REQUEST_ID_BYTES_MAX: usize = 128;
-
-/// How events of the proxy name the path that saw them.
-const CAPTURE: &str = "proxy";
 
 /// A request on its way, from its first byte to its event.
 pub struct Recording {
@@ -34,6 +29,8 @@ pub struct Recording {
 struct Live {
     exchange: Exchange,
     context: Context,
+    /// When the request was first sent on, and was whole before that. Only of requests that the kernel sees too.
+    beside: Option<At>,
 }
 
 impl Recording {
@@ -43,13 +40,17 @@ impl Recording {
         let trace = Trace::child_of(fields.get("traceparent"));
         let mut context = new_context(shared, at);
         context.trace_id = Some(trace.trace_id.clone());
-        if let Some(id) = fields.get("x-request-id").and_then(acceptable_id) {
+        if let Some(id) = fields.get("x-request-id").and_then(ids::acceptable) {
             context.request_id = id.into();
         }
         let exchange = Exchange::begin(at, head);
         Recording {
             shared: Arc::clone(shared),
-            live: Some(Live { exchange, context }),
+            live: Some(Live {
+                exchange,
+                context,
+                beside: None,
+            }),
             inflight: None,
             trace,
         }
@@ -62,8 +63,11 @@ impl Recording {
         context.error_type = Some(refusal.reason());
         let request_id = context.request_id.clone();
         shared.metrics.refused(refusal.reason());
-        let facts = Facts::unread(at, shared.clock.now(), refusal.ending());
-        shared.record(&RequestEvent::new(context, facts, CAPTURE));
+        let facts = Facts::unread(at, clock::now(), refusal.ending());
+        shared
+            .books
+            .sinks
+            .record(&RequestEvent::new(context, facts, CapturedBy::Proxy));
         request_id
     }
 
@@ -88,29 +92,39 @@ impl Recording {
 
     /// Tells the sinks that the request is on its way.
     fn announce(&self) {
-        let Some(Live { exchange, context }) = &self.live else {
+        let Some(Live {
+            exchange, context, ..
+        }) = &self.live
+        else {
             return;
         };
         if let Some(begin) = Begin::of(
             context,
+            CapturedBy::Proxy,
             exchange.endpoint().name(),
             exchange.asked().model.as_deref(),
         ) {
-            self.shared.sinks.iter().for_each(|sink| sink.began(&begin));
+            self.shared.books.sinks.began(&begin);
         }
     }
 
-    /// Takes note of the gateway's own share of the time so far: from the request's last byte to the first one sent on.
+    /// Takes note that the request is sent now, whole since `received`. What lies between the two is the gateway's own share of the time; a
+    /// request that is sent a second time keeps the first.
     pub fn forwarded(&mut self, received: At) {
-        let overhead_us = self.shared.clock.now().micros_since(received);
-        if let Some(live) = &mut self.live {
-            live.context.gateway_overhead_us.get_or_insert(overhead_us);
+        let overhead_us = clock::now().micros_since(received);
+        let Some(live) = &mut self.live else { return };
+        live.context.gateway_overhead_us.get_or_insert(overhead_us);
+        if let (Some(beside), Some(upstream)) = (&self.shared.beside, &live.context.upstream)
+            && beside.covers(upstream)
+        {
+            beside.sent(&live.context.event_id);
+            live.beside.get_or_insert(received);
         }
     }
 
     /// Waits until the event is as safe as was configured (`spool.fsync: each`); in all other cases there is nothing to wait for.
     pub async fn settled(&self) {
-        for settled in self.shared.sinks.iter().filter_map(|sink| sink.settled()) {
+        if let Some(settled) = self.shared.books.sinks.settled() {
             settled.await;
         }
     }
@@ -157,26 +171,38 @@ impl Recording {
 
     /// Takes note of what passed through after the connection had left HTTP.
     pub fn tunnelled(&mut self, to_upstream: u64, to_client: u64) {
-        let at = self.shared.clock.now();
+        let at = clock::now();
         if let Some(live) = &mut self.live {
-            live.exchange.request_body(at, Piece::Hole(to_upstream));
+            live.exchange.request_body(Piece::Hole(to_upstream));
             live.exchange.response_body(at, Piece::Hole(to_client));
         }
     }
 
     /// Ends it now.
     pub fn end(&mut self, ending: Ending) {
-        self.end_at(self.shared.clock.now(), ending);
+        self.end_at(clock::now(), ending);
     }
 
     /// Ends it as of `at`. Whatever comes after the first end is ignored.
     pub fn end_at(&mut self, at: At, ending: Ending) {
-        let Some(Live { exchange, context }) = self.live.take() else {
+        let Some(Live {
+            exchange,
+            mut context,
+            beside,
+        }) = self.live.take()
+        else {
             return;
         };
         self.inflight = None;
-        let event = RequestEvent::new(context, exchange.finish(at, ending), CAPTURE);
-        self.shared.record(&event);
+        let facts = exchange.finish(at, ending);
+        let capture = match beside.and_then(|received| join(&self.shared, &mut context, received)) {
+            Some(()) => CapturedBy::ProxyAndTap,
+            None => CapturedBy::Proxy,
+        };
+        self.shared
+            .books
+            .sinks
+            .record(&RequestEvent::new(context, facts, capture));
     }
 }
 
@@ -188,11 +214,19 @@ impl Drop for Recording {
     }
 }
 
+/// Adds what the kernel saw of a request that was whole at `received`. The gateway's own share of its time then lasts until it arrived.
+fn join(shared: &Shared, context: &mut Context, received: At) -> Option<()> {
+    let times = shared.beside.as_ref()?.times(&context.event_id)?;
+    context.gateway_overhead_us = Some(times.arrived.micros_since(received));
+    context.tap = Some(times);
+    Some(())
+}
+
 fn new_context(shared: &Shared, at: At) -> Context {
     Context {
-        event_id: shared.ids.next(),
-        started_at_us: shared.clock.wall_us(at),
-        gateway_id: shared.ids.gateway_id().into(),
+        event_id: shared.books.ids.next(),
+        started_at_us: clock::wall_us(at),
+        gateway_id: shared.books.ids.gateway_id().into(),
         team: None,
         project: None,
         user: None,
@@ -202,15 +236,6 @@ fn new_context(shared: &Shared, at: At) -> Context {
         status: None,
         error_type: None,
         gateway_overhead_us: None,
-    }
-}
-
-/// A client's request id, if it is short and visible ASCII; otherwise it gets one of ours.
-fn acceptable_id(value: &[u8]) -> Option<&str> {
-    let good = (1..=REQUEST_ID_BYTES_MAX).contains(&value.len()) && value.iter().all(u8::is_ascii_graphic);
-    if good {
-        std::str::from_utf8(value).ok()
-    } else {
-        None
+        tap: None,
     }
 }

@@ -9,6 +9,7 @@ use super::relay::{Edit, Relay};
 use super::rewrite::{self, Delivered};
 use super::upstream::{Place, UpstreamConnection};
 use super::{Stop, Worker};
+use crate::clock;
 use crate::wire::At;
 use crate::wire::exchange::Ending;
 use crate::wire::head::{Framing, ResponseHead};
@@ -111,7 +112,7 @@ async fn stream(
     let (mut upstream, mut upstream_writer) = connection.stream.split();
     // Nothing has gone to the client yet, so that it can still be told.
     let progress = relay
-        .feed(&early, shared.clock.now(), recording.exchange(), &mut out)
+        .feed(&early, clock::now(), recording.exchange(), &mut out)
         .map_err(|_| Refusal::BadUpstream)?;
     if relay.is_verbatim() {
         out.extend_from_slice(&early[..progress.consumed]);
@@ -142,7 +143,7 @@ async fn stream(
             Event::Read(Ok(bytes)) if !bytes.is_empty() => {
                 last = Instant::now();
                 out.clear();
-                let progress = match relay.feed(&bytes, shared.clock.now(), recording.exchange(), &mut out) {
+                let progress = match relay.feed(&bytes, clock::now(), recording.exchange(), &mut out) {
                     Ok(progress) => progress,
                     Err(error) => {
                         relay.release(&mut out);
@@ -219,7 +220,7 @@ async fn abandon(
     relay: &mut Relay,
     recording: &mut Recording,
 ) -> Stop {
-    let mut ended = worker.shared.clock.now();
+    let mut ended = clock::now();
     if upstream_writer.shutdown().await.is_ok() {
         let mut unsent = Vec::new();
         let drain = async {
@@ -227,7 +228,7 @@ async fn abandon(
                 if bytes.is_empty() {
                     break;
                 }
-                ended = worker.shared.clock.now();
+                ended = clock::now();
                 unsent.clear();
                 match relay.feed(&bytes, ended, recording.exchange(), &mut unsent) {
                     Ok(progress) if !progress.done => {}
@@ -249,8 +250,7 @@ pub async fn read_out(
     mut early: Vec<u8>,
     recording: &mut Recording,
 ) -> At {
-    let clock = worker.shared.clock;
-    let mut ended = clock.now();
+    let mut ended = clock::now();
     let (mut upstream, mut writer) = connection.stream.split();
     if writer.shutdown().await.is_err() {
         return ended;
@@ -263,7 +263,7 @@ pub async fn read_out(
             if bytes.is_empty() {
                 break;
             }
-            ended = clock.now();
+            ended = clock::now();
             early.extend_from_slice(&bytes);
             if relay.is_none() {
                 let Ok(parsed) = ResponseHead::parse(&early, max_head, method) else {

@@ -9,6 +9,7 @@ use super::respond::{Answer, read_out};
 use super::rewrite;
 use super::upstream::UpstreamConnection;
 use super::{Stop, Worker};
+use crate::clock;
 use crate::wire::exchange::Ending;
 use crate::wire::head::ResponseHead;
 use std::io;
@@ -152,7 +153,7 @@ pub async fn exchange(
     match head {
         Ok(head) => {
             if let Some(exchange) = recording.exchange() {
-                exchange.response_head(worker.shared.clock.now(), &head);
+                exchange.response_head(clock::now(), &head);
             }
             Ok(Answer {
                 connection,
@@ -237,7 +238,6 @@ async fn send<'c>(
                 reader,
                 limits,
                 recording,
-                clock: worker.shared.clock,
             };
             let (max_body, mut total) = (limits.max_body.as_len() as u64, first.len() as u64);
             while !rest.is_done() {

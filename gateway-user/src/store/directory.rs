@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 const LOCK_FILE: &str = "lock";
 
 /// Where rows go that cannot be stored.
-const QUARANTINE_DIR: &str = "quarantine";
+pub const QUARANTINE_DIR: &str = "quarantine";
 
 /// How long a start waits for the lock: a predecessor may still be closing, and a neighbour holds it for a moment while it looks for
 /// files that were left behind.

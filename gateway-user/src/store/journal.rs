@@ -12,7 +12,7 @@
 use super::lock;
 use super::names::{BatchId, Kind};
 use super::segment::Segment;
-use crate::event::Begin;
+use crate::event::{Begin, CapturedBy};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::io;
@@ -294,6 +294,9 @@ pub struct Unended {
     pub event_id: Box<str>,
     pub started_at_us: i64,
     pub gateway_id: Box<str>,
+    /// Journals of versions without a tap do not say.
+    #[serde(default)]
+    pub capture: CapturedBy,
     pub team_id: Box<str>,
     pub project: Option<Box<str>>,
     pub user_id: Option<Box<str>>,

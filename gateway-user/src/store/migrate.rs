@@ -95,12 +95,8 @@ pub async fn migrate(client: &Client, layout: &Layout) -> Result<Vec<u32>, Migra
     };
     apply(client, &prepare, layout).await?;
     let client = client.clone().with_database(&layout.database);
-    let found: u32 = client
-        .query("SELECT max(version) FROM schema_migrations")
-        .fetch_one()
-        .await
-        .map_err(MigrateError::Version)?;
-    let known = MIGRATIONS.last().map_or(0, |migration| migration.version);
+    let found = version(&client).await.map_err(MigrateError::Version)?;
+    let known = known_version();
     if found > known {
         return Err(MigrateError::TooNew {
             database: layout.database.clone(),
@@ -123,6 +119,22 @@ pub async fn migrate(client: &Client, layout: &Layout) -> Result<Vec<u32>, Migra
         applied.push(migration.version);
     }
     Ok(applied)
+}
+
+/// The version of the schema in the database that `client` has set; 0 when no step was recorded.
+///
+/// # Errors
+/// Those of ClickHouse, among them that there is no such database, or that no gateway has made it.
+pub async fn version(client: &Client) -> Result<u32, Error> {
+    client
+        .query("SELECT max(version) FROM schema_migrations")
+        .fetch_one()
+        .await
+}
+
+/// The version that this program makes, and reads.
+pub fn known_version() -> u32 {
+    MIGRATIONS.last().map_or(0, |migration| migration.version)
 }
 
 /// The database, and the table that knows its version.

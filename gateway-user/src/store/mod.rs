@@ -36,12 +36,13 @@
 
 mod directory;
 pub mod embedded;
+pub mod figures;
 mod journal;
 mod keeper;
 pub mod migrate;
 mod names;
+pub mod queue;
 mod recover;
-pub mod samples;
 mod scan;
 mod sealed;
 mod segment;
@@ -52,6 +53,7 @@ mod stats;
 mod supply;
 #[cfg(test)]
 mod testing;
+pub mod waiting;
 
 pub use names::BatchId;
 pub use sealed::Batch;
@@ -198,7 +200,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Wall clock, microseconds since 1970.
-fn wall_us() -> i64 {
+pub(crate) fn wall_us() -> i64 {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_1970.as_micros()).unwrap_or(i64::MAX)
 }
@@ -208,7 +210,7 @@ mod tests {
     use super::testing::{TempDir, begin};
     use super::*;
     use crate::config::{ByteSize, Fsync};
-    use crate::event::Context;
+    use crate::event::{CapturedBy, Context};
     use crate::wire::At;
     use crate::wire::exchange::{Ending, Facts};
 
@@ -237,11 +239,12 @@ mod tests {
             status: Some(200),
             error_type: None,
             gateway_overhead_us: None,
+            tap: None,
         };
         RequestEvent::new(
             context,
             Facts::unread(At(0), At(5_000), Ending::Complete),
-            "proxy",
+            CapturedBy::Proxy,
         )
     }
 

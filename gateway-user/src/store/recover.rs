@@ -24,9 +24,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::UNIX_EPOCH;
 
-/// How events of requests that a crash cut off name their cause, and the path that saw them.
+/// How events of requests that a crash cut off name their cause.
 const ERROR_TYPE: &str = "gateway_crash";
-const CAPTURE: &str = "proxy";
 
 /// A directory whose past is settled.
 pub struct Recovered {
@@ -362,6 +361,7 @@ fn crashed(request: Unended) -> RequestEvent {
         status: None,
         error_type: Some(ERROR_TYPE),
         gateway_overhead_us: None,
+        tap: None,
     };
-    RequestEvent::new(context, facts, CAPTURE)
+    RequestEvent::new(context, facts, request.capture)
 }

@@ -50,7 +50,7 @@ const REFUSED_ROWS: [u32; 14] = [
 ];
 
 /// Codes that say that the schema is not there (any more): it is made again before the next try.
-const NO_SCHEMA: [u32; 2] = [
+pub(super) const NO_SCHEMA: [u32; 2] = [
     60, // UNKNOWN_TABLE
     81, // UNKNOWN_DATABASE
 ];
@@ -392,7 +392,7 @@ impl Lines {
 }
 
 /// The code of an exception, if ClickHouse sent one.
-fn code_of(error: &Error) -> Option<u32> {
+pub(super) fn code_of(error: &Error) -> Option<u32> {
     let Error::BadResponse(text) = error else {
         return None;
     };
@@ -409,7 +409,7 @@ fn verdict(error: &Error) -> Verdict {
 }
 
 /// What may be logged of an error: its code and name. Its text quotes the data.
-fn reason_of(error: &Error) -> String {
+pub(super) fn reason_of(error: &Error) -> String {
     let Some(code) = code_of(error) else {
         return match error {
             Error::BadResponse(_) => "an answer that is no exception of ClickHouse".to_owned(),

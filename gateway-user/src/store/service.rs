@@ -4,11 +4,12 @@
 //! missing, down or full only means that rows wait.
 
 use super::embedded::{EmbeddedOptions, EmbeddedServer};
-use super::samples::{SampleQueue, SampleSender};
+use super::queue::{RowQueue, RowSender};
 use super::sender::{self, Sender, SenderStats};
 use super::{Spool, Store, StoreError};
+use crate::books::Outlets;
 use crate::config::{Config, StoreConfig, StoreUrl};
-use crate::event::EventSink;
+use crate::event::{EventSink, TimingSink};
 use crate::vllm::SampleSink;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -26,7 +27,8 @@ const FINISH_LIMIT: Duration = Duration::from_secs(10);
 /// The store of one gateway, open and not sending yet.
 pub struct StoreService {
     store: Arc<Store>,
-    samples: Arc<SampleQueue>,
+    samples: Arc<RowQueue>,
+    timings: Arc<RowQueue>,
     config: StoreConfig,
     sender: Sender,
 }
@@ -51,23 +53,22 @@ impl StoreService {
         let store = Arc::new(Store::open(&config.spool, gateway.as_str())?);
         let client = sender::client(&config.store, &url);
         let sender = Sender::new(Arc::clone(store.spool()), client, sender::layout(&config.store));
-        let samples = Arc::new(SampleQueue::default());
         Ok(Some(StoreService {
             store,
-            samples,
+            samples: Arc::new(RowQueue::of("vllm_system_metrics")),
+            timings: Arc::new(RowQueue::of("tap_timings")),
             config: config.store.clone(),
             sender,
         }))
     }
 
-    /// Where ended requests go.
-    pub fn events(&self) -> Arc<dyn EventSink> {
-        Arc::clone(&self.store) as Arc<dyn EventSink>
-    }
-
-    /// Where what vLLM says of itself goes.
-    pub fn samples(&self) -> Arc<dyn SampleSink> {
-        Arc::clone(&self.samples) as Arc<dyn SampleSink>
+    /// Where what the gateway learns goes.
+    pub fn outlets(&self) -> Outlets {
+        Outlets {
+            events: vec![Arc::clone(&self.store) as Arc<dyn EventSink>],
+            samples: vec![Arc::clone(&self.samples) as Arc<dyn SampleSink>],
+            timings: Some(Arc::clone(&self.timings) as Arc<dyn TimingSink>),
+        }
     }
 
     /// What there is to count.
@@ -76,6 +77,7 @@ impl StoreService {
             spool: Arc::clone(self.store.spool()),
             sender: self.sender.stats(),
             samples: Arc::clone(&self.samples),
+            timings: Arc::clone(&self.timings),
         }
     }
 
@@ -84,6 +86,7 @@ impl StoreService {
         let StoreService {
             store,
             samples,
+            timings,
             config,
             sender,
         } = self;
@@ -93,8 +96,13 @@ impl StoreService {
                 StoreUrl::Embedded => start_engine(&config, program, variable).await,
                 _ => None,
             };
-            let samples = SampleSender::new(samples, sender.database_client());
-            let (rows, ()) = tokio::join!(sender.run(stopped.clone()), samples.run(stopped));
+            let samples = RowSender::new(samples, sender.database_client());
+            let timings = RowSender::new(timings, sender.database_client());
+            let (rows, (), ()) = tokio::join!(
+                sender.run(stopped.clone()),
+                samples.run(stopped.clone()),
+                timings.run(stopped)
+            );
             if let Err(error) = rows {
                 tracing::error!(%error, "nothing is stored; rows wait in the spool");
             }
@@ -127,10 +135,13 @@ pub struct StoreCounts {
     /// What was sent.
     pub sender: Arc<SenderStats>,
     /// Samples that wait.
-    pub samples: Arc<SampleQueue>,
+    pub samples: Arc<RowQueue>,
+    /// Times of other gateways' requests that wait.
+    pub timings: Arc<RowQueue>,
 }
 
-fn url_of(config: &StoreConfig) -> Option<String> {
+/// Where the ClickHouse of a config is; `None` when there is none.
+pub(super) fn url_of(config: &StoreConfig) -> Option<String> {
     match &config.url {
         StoreUrl::Embedded => Some(format!("http://{}", config.embedded_listen)),
         StoreUrl::Server(url) => Some(url.clone()),

@@ -1,6 +1,6 @@
 //! What the store's tests share.
 
-use crate::event::Begin;
+use crate::event::{Begin, CapturedBy};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -68,6 +68,7 @@ pub fn begin(event_id: &str) -> Begin<'_> {
         event_id,
         started_at_us: 1_700_000_000_000_000,
         gateway_id: "gw",
+        capture: CapturedBy::Proxy,
         team_id: "team-a",
         project: None,
         user_id: Some("u"),

@@ -166,17 +166,21 @@ impl BodyReader {
         })
     }
 
-    /// Takes note of `bytes` that passed unseen.
+    /// Takes note of `bytes` that passed unseen; how many of them were payload of this body. What is left of them belongs to the next
+    /// message, since a length says where this one ends whether its bytes were seen or not.
     ///
     /// # Errors
-    /// [`BodyError::HoleInFraming`] when the hole is not wholly inside payload of a known length.
-    pub fn hole(&mut self, bytes: u64) -> Result<(), BodyError> {
-        match self.state {
-            State::Length(left) if bytes <= left => self.advance(bytes),
-            State::UntilClose => {}
+    /// [`BodyError::HoleInFraming`] when the hole swallowed framing; the reader must not be used any further.
+    pub fn hole(&mut self, bytes: u64) -> Result<u64, BodyError> {
+        let taken = match self.state {
+            State::Length(left) => bytes.min(left),
+            State::Chunk(left) if bytes <= left => bytes,
+            State::UntilClose => bytes,
+            State::Done => 0,
             _ => return Err(BodyError::HoleInFraming),
-        }
-        Ok(())
+        };
+        self.advance(taken);
+        Ok(taken)
     }
 
     /// Whether the body is over.
@@ -243,16 +247,32 @@ mod tests {
     }
 
     #[test]
-    fn holes_are_only_ever_inside_payload_of_known_length() {
+    fn a_hole_takes_no_more_than_the_length() {
         let mut sized = BodyReader::new(Framing::Length(10));
-        assert_eq!(sized.hole(4), Ok(()));
-        assert_eq!(sized.hole(7), Err(BodyError::HoleInFraming));
-        assert_eq!(sized.hole(6), Ok(()));
-        assert!(sized.is_done());
-        assert_eq!(
-            BodyReader::new(Framing::Chunked).hole(1),
-            Err(BodyError::HoleInFraming)
-        );
+        assert_eq!(sized.hole(4), Ok(4));
+        assert_eq!((sized.hole(7), sized.is_done()), (Ok(6), true));
+        assert_eq!(sized.hole(1), Ok(0));
+        assert_eq!(BodyReader::new(Framing::UntilClose).hole(9), Ok(9));
+    }
+
+    #[test]
+    fn a_hole_inside_a_chunk_is_payload_and_any_other_swallows_framing() {
+        let inside = || {
+            let mut chunked = BodyReader::new(Framing::Chunked);
+            assert_eq!(chunked.next(&mut &b"5\r\na"[..]), Ok(Step::Data(b"a")));
+            chunked
+        };
+        let mut chunked = inside();
+        assert_eq!(chunked.hole(3), Ok(3));
+        let mut rest = &b"b\r\n0\r\n\r\n"[..];
+        assert_eq!(chunked.next(&mut rest), Ok(Step::Data(b"b")));
+        assert_eq!((chunked.next(&mut rest), rest.len()), (Ok(Step::End), 0));
+        let mut chunked = inside();
+        assert_eq!(chunked.hole(4), Ok(4));
+        assert_eq!(chunked.hole(1), Err(BodyError::HoleInFraming));
+        assert_eq!(inside().hole(5), Err(BodyError::HoleInFraming));
+        let mut before = BodyReader::new(Framing::Chunked);
+        assert_eq!(before.hole(1), Err(BodyError::HoleInFraming));
     }
 
     proptest! {

@@ -4,9 +4,14 @@
 //! responses with requests (pipelined ones too) and feeds an [`Exchange`] for each. It promises constant memory: heads are held
 //! up to a limit until they are whole, bodies never, and [`Limits::in_flight`] requests may wait for their responses.
 //!
-//! Where bytes are missing or make no sense, nothing is guessed. The exchange that was hit ends as [`Ending::Unseen`], and the
-//! direction waits for bytes that begin with a head: a request line, or `HTTP/1.` while a request waits. A connection that is first
-//! seen in its middle starts in the same way. What passes meanwhile (TLS, another protocol) is counted as opaque.
+//! Where bytes are missing or make no sense, nothing is guessed. A hole inside payload costs what the payload would have said; any
+//! other ends the exchange that was hit as [`Ending::Unseen`], and the direction waits for a piece that begins with a head: a request
+//! line, or `HTTP/1.` while a request waits. A connection that is first seen in its middle starts in the same way. What passes meanwhile
+//! (TLS, another protocol) is counted as opaque.
+//!
+//! Behind missing bytes a response goes to the request that waits only where no other could be meant: one request waits, and the response
+//! begins right behind the hole, or nothing but a client's next request tells that the last one is over. That a client waits for
+//! its response before it asks again is taken for granted there; one that pipelines can make a lost response look like its successor.
 
 use super::body::{BodyReader, Step};
 use super::exchange::{Ending, Exchange, Facts};
@@ -101,11 +106,32 @@ impl Side {
         self.head = Vec::new();
     }
 
-    /// Whether a hole of that length lies wholly inside payload.
-    fn takes_hole(&mut self, len: u64) -> bool {
+    /// While a head is sought, forgets what looked like the start of one and is none together with `input`, which may begin with one itself.
+    /// How many bytes that were.
+    fn forget_unless(&mut self, may_begin: fn(&[u8]) -> bool, input: &[u8]) -> u64 {
+        // Longer than any method with the byte behind its space, and than `HTTP/1.`: beyond that it is settled.
+        const UNSETTLED_BYTES_MAX: usize = 16;
+        let held = self.head.len();
+        if !matches!(self.reading, Reading::Seeking) || held == 0 || held > UNSETTLED_BYTES_MAX {
+            return 0;
+        }
+        let mut start = [0; 2 * UNSETTLED_BYTES_MAX];
+        let more = input.len().min(UNSETTLED_BYTES_MAX);
+        start[..held].copy_from_slice(&self.head);
+        start[held..held + more].copy_from_slice(&input[..more]);
+        if may_begin(&start[..held + more]) {
+            return 0;
+        }
+        self.head = Vec::new();
+        held as u64
+    }
+
+    /// How many bytes of a hole are payload for certain.
+    fn take_hole(&mut self, len: u64) -> u64 {
         match &mut self.reading {
-            Reading::Body(body) => body.hole(len).is_ok(),
-            reading => matches!(reading, Reading::Upgraded),
+            Reading::Body(body) => body.hole(len).unwrap_or(0),
+            Reading::Upgraded => len,
+            Reading::Seeking | Reading::Head => 0,
         }
     }
 
@@ -138,6 +164,16 @@ struct InFlight<T> {
     is_uncertain: bool,
 }
 
+/// What may have become of the responses to the requests that wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doubt {
+    None,
+    /// Bytes that are no head passed while they waited: the end of an older response, or of theirs.
+    Passed,
+    /// A hole did. The next byte tells whether a response begins behind it.
+    Missing,
+}
+
 /// Reads one connection.
 #[derive(Debug)]
 pub struct Connection<T> {
@@ -147,6 +183,7 @@ pub struct Connection<T> {
     in_flight: VecDeque<InFlight<T>>,
     /// Whether the request whose body is being read is the last of `in_flight` (it may have been answered early).
     reads_last: bool,
+    doubt: Doubt,
     opaque_bytes: u64,
 }
 
@@ -159,6 +196,7 @@ impl<T> Connection<T> {
             responses: Side::new(),
             in_flight: VecDeque::new(),
             reads_last: false,
+            doubt: Doubt::None,
             opaque_bytes: 0,
         }
     }
@@ -171,6 +209,12 @@ impl<T> Connection<T> {
     /// How many exchanges have begun and not ended.
     pub fn in_flight(&self) -> usize {
         self.in_flight.len()
+    }
+
+    /// Whether a request waits of which the last byte has come.
+    pub fn awaits_response(&self) -> bool {
+        let is_reading = self.reads_last && matches!(self.requests.reading, Reading::Body(_));
+        self.in_flight.len() > usize::from(is_reading)
     }
 
     /// Bytes of one direction, or the length of a gap, in the order of their sequence numbers.
@@ -212,19 +256,21 @@ impl<T> Connection<T> {
         }
         self.requests.seek();
         self.responses.seek();
+        self.doubt = Doubt::None;
     }
 
     fn client_bytes<W: Watcher<Tag = T>>(&mut self, at: At, mut input: &[u8], watcher: &mut W) {
         while !input.is_empty() {
             match &mut self.requests.reading {
                 Reading::Upgraded => {
-                    self.request_payload(at, Piece::Bytes(input));
+                    self.request_payload(Piece::Bytes(input));
                     return;
                 }
                 Reading::Body(body) => match body.next(&mut input) {
-                    Ok(Step::Data(data)) => self.request_payload(at, Piece::Bytes(data)),
+                    Ok(Step::Data(data)) => self.request_payload(Piece::Bytes(data)),
                     Ok(Step::More) => return,
-                    Ok(Step::End) => self.requests.reading = Reading::Head,
+                    // Settled below.
+                    Ok(Step::End) => {}
                     Err(_) => return self.lose_requests(input),
                 },
                 Reading::Head | Reading::Seeking => {
@@ -233,14 +279,18 @@ impl<T> Connection<T> {
                     }
                 }
             }
-            self.settle_requests();
+            self.settle_requests(at);
         }
     }
 
     /// A body that needs no further byte is over, so that a head that begins the next piece is expected.
-    fn settle_requests(&mut self) {
-        if matches!(&self.requests.reading, Reading::Body(body) if body.is_done()) {
-            self.requests.reading = Reading::Head;
+    fn settle_requests(&mut self, at: At) {
+        if !matches!(&self.requests.reading, Reading::Body(body) if body.is_done()) {
+            return;
+        }
+        self.requests.reading = Reading::Head;
+        if let Some(last) = self.in_flight.back_mut().filter(|_| self.reads_last) {
+            last.exchange.request_end(at);
         }
     }
 
@@ -248,8 +298,13 @@ impl<T> Connection<T> {
     fn request_head<W: Watcher<Tag = T>>(&mut self, at: At, input: &mut &[u8], watcher: &mut W) -> bool {
         let side = &mut self.requests;
         let is_found_anew = matches!(side.reading, Reading::Seeking);
+        let may_begin = match is_found_anew {
+            true => may_begin_known_request,
+            false => may_begin_request,
+        };
+        self.opaque_bytes += side.forget_unless(may_begin, input);
         let is_whole = side.gather(at, input, self.limits.head_bytes);
-        if !may_begin_request(&side.head) {
+        if !may_begin(&side.head) {
             return false;
         }
         if !is_whole {
@@ -259,11 +314,17 @@ impl<T> Connection<T> {
             return false;
         };
         let head_at = side.head_at;
-        side.head.clear();
+        // An idle connection keeps no buffer.
+        side.head = Vec::new();
         side.reading = Reading::Body(BodyReader::new(head.framing()));
         if self.in_flight.len() >= self.limits.in_flight {
             self.give_up(at, watcher);
             return false;
+        }
+        // The client asks again, so the response to its last request is over, unseen. Which one is, is open if it asked ahead.
+        let asked_ahead = self.doubt != Doubt::None && self.in_flight.len() > 1;
+        if self.doubt != Doubt::None {
+            self.give_up(at, watcher);
         }
         // Found anew while others wait: requests in between may have been missed, and then responses would be paired wrongly.
         let is_uncertain = is_found_anew && !self.in_flight.is_empty();
@@ -276,25 +337,27 @@ impl<T> Connection<T> {
             exchange: Exchange::begin(head_at, &head),
             tag: watcher.began(head_at, &head),
             is_head_request: head.method() == "HEAD",
-            is_uncertain,
+            is_uncertain: is_uncertain || asked_ahead,
         });
         self.reads_last = true;
         true
     }
 
-    fn request_payload(&mut self, at: At, piece: Piece<'_>) {
+    fn request_payload(&mut self, piece: Piece<'_>) {
         match self.in_flight.back_mut() {
-            Some(last) if self.reads_last => last.exchange.request_body(at, piece),
+            Some(last) if self.reads_last => last.exchange.request_body(piece),
             _ => self.opaque_bytes += piece.len_bytes(),
         }
     }
 
     fn client_hole(&mut self, at: At, len: u64) {
-        if self.requests.takes_hole(len) {
-            self.request_payload(at, Piece::Hole(len));
-            self.settle_requests();
-        } else {
-            self.opaque_bytes += len;
+        let payload = self.requests.take_hole(len);
+        if payload > 0 {
+            self.request_payload(Piece::Hole(payload));
+            self.settle_requests(at);
+        }
+        if len > payload {
+            self.opaque_bytes += len - payload;
             self.lose_requests(&[]);
         }
     }
@@ -324,7 +387,7 @@ impl<T> Connection<T> {
                     Err(_) => return self.lose_responses(at, input, watcher),
                 },
                 Reading::Head | Reading::Seeking => {
-                    if !self.response_head(at, &mut input) {
+                    if !self.response_head(at, &mut input, watcher) {
                         return self.lose_responses(at, input, watcher);
                     }
                 }
@@ -342,11 +405,16 @@ impl<T> Connection<T> {
     }
 
     /// Reads on in a response's head. False when these bytes are none, or nobody waits for one.
-    fn response_head(&mut self, at: At, input: &mut &[u8]) -> bool {
+    fn response_head<W: Watcher<Tag = T>>(&mut self, at: At, input: &mut &[u8], watcher: &mut W) -> bool {
+        if self.doubt != Doubt::None && may_begin_response(input) && self.in_flight.len() > 1 {
+            // Any of them could be meant.
+            self.give_up(at, watcher);
+        }
         let Some(first) = self.in_flight.front_mut() else {
             return false;
         };
         let side = &mut self.responses;
+        self.opaque_bytes += side.forget_unless(may_begin_response, input);
         let is_whole = side.gather(at, input, self.limits.head_bytes);
         if !may_begin_response(&side.head) {
             return false;
@@ -358,7 +426,8 @@ impl<T> Connection<T> {
         let Ok(Some((head, _))) = ResponseHead::parse(&side.head, self.limits.head_bytes, method) else {
             return false;
         };
-        side.head.clear();
+        side.head = Vec::new();
+        self.doubt = Doubt::None;
         first.exchange.response_head(at, &head);
         side.reading = if head.is_interim() {
             Reading::Head
@@ -379,21 +448,34 @@ impl<T> Connection<T> {
     }
 
     fn server_hole<W: Watcher<Tag = T>>(&mut self, at: At, len: u64, watcher: &mut W) {
-        if self.responses.takes_hole(len) {
-            self.response_payload(at, Piece::Hole(len));
+        let payload = self.responses.take_hole(len);
+        if payload > 0 {
+            self.response_payload(at, Piece::Hole(payload));
             self.settle_responses(at, watcher);
-        } else {
-            self.opaque_bytes += len;
-            self.lose_responses(at, &[], watcher);
+        }
+        if len == payload {
+            return;
+        }
+        self.opaque_bytes += len - payload + self.responses.head.len() as u64;
+        let has_begun = matches!(self.responses.reading, Reading::Body(_));
+        if has_begun || begins_final_response(&self.responses.head) {
+            self.end_first(at, Ending::Unseen, watcher);
+        }
+        self.responses.seek();
+        if !self.in_flight.is_empty() {
+            self.doubt = Doubt::Missing;
         }
     }
 
     /// The responses cannot be followed any further. Nobody can tell which of the waiting requests the next one answers.
     fn lose_responses<W: Watcher<Tag = T>>(&mut self, at: At, rest: &[u8], watcher: &mut W) {
         self.opaque_bytes += (self.responses.head.len() + rest.len()) as u64;
-        // While seeking, requests that came since may well be answered by the head that is sought.
-        if !matches!(self.responses.reading, Reading::Seeking) {
+        // While seeking, requests that came since may well be answered by the head that is sought, unless it lies in a hole.
+        let is_seeking = matches!(self.responses.reading, Reading::Seeking);
+        if !is_seeking || self.doubt == Doubt::Missing {
             self.give_up(at, watcher);
+        } else if !self.in_flight.is_empty() {
+            self.doubt = Doubt::Passed;
         }
         self.responses.seek();
     }
@@ -403,6 +485,7 @@ impl<T> Connection<T> {
         while !self.in_flight.is_empty() {
             self.end_first(at, Ending::Unseen, watcher);
         }
+        self.doubt = Doubt::None;
         self.responses.seek();
     }
 
@@ -412,6 +495,8 @@ impl<T> Connection<T> {
         };
         if self.in_flight.is_empty() {
             self.reads_last = false;
+            // An exchange is large; an idle connection keeps no room for one.
+            self.in_flight = VecDeque::new();
         }
         let ending = if first.is_uncertain {
             Ending::Unseen
@@ -435,11 +520,34 @@ fn may_begin_request(bytes: &[u8]) -> bool {
     }
 }
 
+/// Whether bytes could be the start of a request with a usual method. Where a head is sought among other bytes, a word and a slash are not enough.
+fn may_begin_known_request(bytes: &[u8]) -> bool {
+    const STARTS: [&[u8]; 7] = [
+        b"GET ",
+        b"POST ",
+        b"HEAD ",
+        b"OPTIONS ",
+        b"PUT ",
+        b"DELETE ",
+        b"PATCH ",
+    ];
+    let begins = |start: &&[u8]| {
+        let shorter = bytes.len().min(start.len());
+        bytes[..shorter] == start[..shorter]
+    };
+    STARTS.iter().any(begins) && may_begin_request(bytes)
+}
+
 /// Whether bytes could be the start of a response.
 fn may_begin_response(bytes: &[u8]) -> bool {
     const START: &[u8] = b"HTTP/1.";
     let shorter = bytes.len().min(START.len());
     bytes[..shorter] == START[..shorter]
+}
+
+/// Whether bytes are the start of a response that is not an interim one.
+fn begins_final_response(bytes: &[u8]) -> bool {
+    may_begin_response(bytes) && matches!(bytes.get("HTTP/1.1 ".len()), Some(b'2'..=b'5'))
 }
 
 #[cfg(test)]

@@ -48,10 +48,13 @@ pub struct Exchange {
     endpoint: Endpoint,
     request: RequestReader,
     request_bytes: u64,
+    request_whole: Option<At>,
     status: Option<u16>,
     streamed: bool,
     response_head_us: Option<u64>,
     response_bytes: u64,
+    /// Bytes of the response's body are missing.
+    has_hole: bool,
     body: Body,
     scanner: Scanner<Place>,
     findings: Findings,
@@ -59,7 +62,8 @@ pub struct Exchange {
     has_error: bool,
     has_said_end: bool,
     ttft_us: Option<u64>,
-    last_content_at: At,
+    /// `None` when the chunk before the next one was not seen, so that the gap between them is unknown.
+    last_content_at: Option<At>,
     gaps: Gaps,
     chunks: u64,
 }
@@ -72,10 +76,12 @@ impl Exchange {
             endpoint: Endpoint::classify(head.path()),
             request: RequestReader::new(),
             request_bytes: 0,
+            request_whole: None,
             status: None,
             streamed: false,
             response_head_us: None,
             response_bytes: 0,
+            has_hole: false,
             body: Body::Opaque,
             scanner: Scanner::new(),
             findings: Findings::default(),
@@ -83,17 +89,21 @@ impl Exchange {
             has_error: false,
             has_said_end: false,
             ttft_us: None,
-            last_content_at: at,
+            last_content_at: None,
             gaps: Gaps::default(),
             chunks: 0,
         }
     }
 
     /// Payload of the request's body.
-    pub fn request_body(&mut self, at: At, piece: Piece<'_>) {
-        let _ = at;
+    pub fn request_body(&mut self, piece: Piece<'_>) {
         self.request_bytes = self.request_bytes.saturating_add(piece.len_bytes());
         self.request.push(piece);
+    }
+
+    /// The request is whole: its last byte, seen or not, came at `at`.
+    pub fn request_end(&mut self, at: At) {
+        self.request_whole.get_or_insert(at);
     }
 
     /// The request's route.
@@ -128,6 +138,7 @@ impl Exchange {
     /// Payload of the response's body, framing removed.
     pub fn response_body(&mut self, at: At, piece: Piece<'_>) {
         self.response_bytes = self.response_bytes.saturating_add(piece.len_bytes());
+        self.has_hole |= matches!(piece, Piece::Hole(1..));
         match (&mut self.body, piece) {
             (Body::Opaque, _) => {}
             (Body::Document, Piece::Bytes(bytes)) => self.scanner.push(bytes, &mut self.findings),
@@ -138,6 +149,7 @@ impl Exchange {
                 self.scanner.reset();
                 self.findings.draft = Draft::default();
                 self.counts.running.lose();
+                self.last_content_at = None;
             }
         }
     }
@@ -172,12 +184,12 @@ impl Exchange {
     }
 
     fn content(&mut self, at: At) {
-        if self.chunks == 0 {
+        if let Some(last) = self.last_content_at {
+            self.gaps.add(at.micros_since(last));
+        } else if self.chunks == 0 && !self.has_hole {
             self.ttft_us = Some(at.micros_since(self.started));
-        } else {
-            self.gaps.add(at.micros_since(self.last_content_at));
         }
-        self.last_content_at = at;
+        self.last_content_at = Some(at);
         self.chunks += 1;
     }
 
@@ -195,9 +207,16 @@ impl Exchange {
     /// Ends the exchange. `status` of a response that the gateway made itself is told with [`Ending::Refused`] and the like by the
     /// caller, who knows it.
     pub fn finish(mut self, at: At, ending: Ending) -> Facts {
+        // A stream of which events are missing is no stream that was seen whole. Of a document only values are, and those are empty.
+        let is_stream_damaged = self.has_hole && matches!(self.body, Body::Events(_));
+        let (is_complete, is_cut) = (ending == Ending::Complete, ending == Ending::Unseen);
+        let ending = match ending {
+            Ending::Complete if is_stream_damaged => Ending::Unseen,
+            ending => ending,
+        };
         match &self.body {
             // A server may leave out the last blank line; in a stream that broke off, half an event is no event.
-            Body::Events(events) if ending == Ending::Complete && events.has_unfinished_event() => {
+            Body::Events(events) if is_complete && events.has_unfinished_event() => {
                 self.end_event(at);
             }
             Body::Document => {
@@ -206,10 +225,11 @@ impl Exchange {
             }
             _ => {}
         }
-        let (tokens, usage_source) = self.tokens();
+        let (tokens, usage_source) = self.tokens(is_cut);
         let asked = self.request.into_asked();
         Facts {
             started: self.started,
+            request_whole: self.request_whole,
             ended: at,
             endpoint: self.endpoint,
             model: self.findings.model.or_else(|| asked.model.clone()),
@@ -231,7 +251,8 @@ impl Exchange {
         }
     }
 
-    fn tokens(&self) -> (Tokens, UsageSource) {
+    /// The counts, and where they come from. Where the end was not seen (`is_cut`), the last usage that was may be long out of date.
+    fn tokens(&self, is_cut: bool) -> (Tokens, UsageSource) {
         if self.status.is_none_or(|status| status >= 400) {
             return (Tokens::default(), UsageSource::None);
         }
@@ -239,6 +260,10 @@ impl Exchange {
             return (usage.tokens(self.choices_per_prompt()), UsageSource::Reported);
         }
         let running = self.counts.running.tokens(self.spread());
+        let running = match is_cut {
+            true => running.input_only(),
+            false => running,
+        };
         let started = self.counts.start.map(|usage| usage.tokens(Some(1)));
         let known = [Some(running), started].into_iter().flatten();
         match known.into_iter().find(|tokens| *tokens != Tokens::default()) {
@@ -254,6 +279,8 @@ impl Exchange {
     /// take several prompts.
     fn choices_per_prompt(&self) -> Option<u32> {
         let choices_seen = u32::try_from(self.findings.last_choice).ok()?.checked_add(1)?;
+        // Behind a hole in the response there may have been more of them.
+        let choices_seen = Some(choices_seen).filter(|_| !self.has_hole);
         match self.endpoint {
             Endpoint::ChatCompletions
             | Endpoint::ChatBatch
@@ -263,11 +290,12 @@ impl Exchange {
             {
                 Some(self.request.asked().n)
             }
+            // Completions do not announce their choices: only a final usage says that no other comes.
             Endpoint::ChatBatch | Endpoint::Completions | Endpoint::Invocations => {
-                (choices_seen == 1).then_some(1)
+                choices_seen.filter(|seen| *seen == 1 && self.counts.reported.is_some())
             }
             // `n` of the token route lies in its sampling parameters; the response says the same.
-            Endpoint::ChatCompletions | Endpoint::Generate => Some(choices_seen),
+            Endpoint::ChatCompletions | Endpoint::Generate => choices_seen,
             _ => Some(1),
         }
     }
@@ -276,6 +304,7 @@ impl Exchange {
     fn spread(&self) -> Option<Spread> {
         let choices = self.choices_per_prompt()?;
         let prompts = match self.endpoint {
+            Endpoint::Completions | Endpoint::Invocations if !self.request.knows_prompts() => return None,
             Endpoint::Completions | Endpoint::Invocations => self.request.asked().prompts,
             _ => 1,
         };

@@ -78,6 +78,18 @@ pub struct Tokens {
     pub engine_completion: Option<u64>,
 }
 
+impl Tokens {
+    /// Without what was generated.
+    pub(super) fn input_only(self) -> Tokens {
+        Tokens {
+            prompt: self.prompt,
+            cached: self.cached,
+            engine_prompt: self.engine_prompt,
+            ..Tokens::default()
+        }
+    }
+}
+
 /// Upper bounds of the buckets of [`Gaps::buckets`], in microseconds; one more bucket holds what is above the last.
 pub const GAP_BOUNDS_US: [u64; 16] = [
     1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 75_000, 100_000, 150_000, 200_000, 300_000, 400_000,
@@ -127,6 +139,8 @@ pub struct Asked {
 pub struct Facts {
     /// First byte of the request's head.
     pub started: At,
+    /// Last byte of the request, be it of its head or of its body; `None` when it had not come before the end, or was not seen.
+    pub request_whole: Option<At>,
     /// The end, whatever it was.
     pub ended: At,
     /// The route.
@@ -170,6 +184,7 @@ impl Facts {
     pub fn unread(started: At, ended: At, ending: Ending) -> Facts {
         Facts {
             started,
+            request_whole: None,
             ended,
             endpoint: Endpoint::Other,
             asked: Asked::default(),

@@ -26,6 +26,7 @@ pub(super) struct RequestReader {
 struct Found {
     asked: Asked,
     has_choices: bool,
+    has_prompts: bool,
 }
 
 impl RequestReader {
@@ -40,6 +41,7 @@ impl RequestReader {
             found: Found {
                 asked,
                 has_choices: false,
+                has_prompts: false,
             },
         }
     }
@@ -63,6 +65,11 @@ impl RequestReader {
     /// Whether `n` is known: it was seen, or the whole body was and it is not there.
     pub(super) fn knows_choices(&self) -> bool {
         self.found.has_choices || self.scanner.is_done()
+    }
+
+    /// Whether the number of prompts is known: all of `prompt` was seen, or the whole body was and it is not there.
+    pub(super) fn knows_prompts(&self) -> bool {
+        self.found.has_prompts || self.scanner.is_done()
     }
 }
 
@@ -113,7 +120,10 @@ impl Reader for Found {
                 asked.n = whole(&scalar).unwrap_or(1).max(1);
                 self.has_choices = true;
             }
-            Place::Prompt => asked.prompts = 1,
+            Place::Prompt => {
+                asked.prompts = 1;
+                self.has_prompts = true;
+            }
             // A list of numbers is one prompt in tokens; a list of strings is as many prompts.
             Place::PromptItem if matches!(scalar, Scalar::Number(_)) => asked.prompts = 1,
             Place::PromptItem => asked.prompts = asked.prompts.saturating_add(1),
@@ -123,7 +133,10 @@ impl Reader for Found {
 
     fn begin(&mut self, place: Place, container: Container) {
         match (place, container) {
-            (Place::Prompt, Container::Array) => self.asked.prompts = 0,
+            (Place::Prompt, Container::Array) => {
+                self.asked.prompts = 0;
+                self.has_prompts = false;
+            }
             (Place::PromptItem, _) => self.asked.prompts = self.asked.prompts.saturating_add(1),
             _ => {}
         }
@@ -132,6 +145,7 @@ impl Reader for Found {
     fn end(&mut self, place: Place) {
         if place == Place::Prompt {
             self.asked.prompts = self.asked.prompts.max(1);
+            self.has_prompts = true;
         }
     }
 }

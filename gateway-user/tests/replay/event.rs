@@ -3,7 +3,7 @@
 use super::heads::text;
 use super::{Capture, body, chunks, head};
 use serde_json::Value;
-use vllm_gateway::event::RequestEvent;
+use vllm_gateway::event::{CapturedBy, RequestEvent};
 use vllm_gateway::wire::exchange::{Outcome, UsageSource};
 
 /// What the document of a response, or the events of a stream, say by the plainest reading.
@@ -115,7 +115,7 @@ pub fn assert_event(name: &str, event: &RequestEvent, request: &[u8], upstream: 
         finish_reason(&documents).unwrap_or_default(),
         "{name}"
     );
-    assert_eq!(event.capture, "proxy", "{name}");
+    assert_eq!(event.capture, CapturedBy::Proxy, "{name}");
     let (billed, source) = match usage(&documents) {
         Some(usage) if aborted => (Some(usage), UsageSource::Continuous),
         Some(usage) => (Some(usage), UsageSource::Reported),

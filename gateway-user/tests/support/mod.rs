@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
+use vllm_gateway::books::Outlets;
 use vllm_gateway::config::Config;
 use vllm_gateway::event::{EventSink, RequestEvent};
-use vllm_gateway::gateway::Gateway;
+use vllm_gateway::gateway::{self, Gateway};
 
 pub mod upstream;
 
@@ -135,8 +136,12 @@ impl TestGateway {
         config.gateway.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         config.admin.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         let events = Arc::new(Collector::default());
-        let gateway =
-            Gateway::build(config, vec![Arc::clone(&events) as Arc<dyn EventSink>]).expect("it starts");
+        let outlets = Outlets {
+            events: vec![Arc::clone(&events) as Arc<dyn EventSink>],
+            ..Outlets::default()
+        };
+        let listeners = gateway::bind_for_clients(&config).expect("a free port");
+        let gateway = Gateway::build(config, listeners, outlets, None).expect("it starts");
         let (addr, admin) = (gateway.client_addr().expect("an address"), gateway.admin_addr());
         let (stop, stopped) = oneshot::channel();
         let running = std::thread::spawn(move || {

@@ -171,7 +171,8 @@ impl Programs {
     }
 }
 
-fn output_of(command: &mut Command) -> Result<String> {
+/// What a program prints that must succeed.
+pub fn output_of(command: &mut Command) -> Result<String> {
     let shown = format!("{command:?}");
     let output = command
         .stderr(Stdio::inherit())

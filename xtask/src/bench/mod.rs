@@ -5,17 +5,25 @@ mod load;
 pub mod process;
 mod proxy;
 mod report;
+mod scratch;
+mod store;
 
+use std::env;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::Result;
 use clap::Subcommand;
+
+use crate::stage;
 
 /// What can be measured.
 #[derive(Debug, Subcommand)]
 pub enum Bench {
     /// What the gateway costs in the path: CPU for a request and for a streamed chunk, beside nginx as a plain reverse proxy.
     Proxy(proxy::Options),
+    /// What storing costs: events a second through spool and insert, memory under load, and latency without ClickHouse.
+    Store(store::Options),
 }
 
 /// Measures in the workspace at `root`.
@@ -25,5 +33,20 @@ pub enum Bench {
 pub fn run(root: &Path, bench: &Bench) -> Result<()> {
     match bench {
         Bench::Proxy(options) => proxy::run(root, options),
+        Bench::Store(options) => store::run(root, options),
     }
+}
+
+/// Builds the optimised programs; `more` names what else of that package.
+fn build_release(root: &Path, more: &[&str]) -> Result<()> {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root).args([
+        "build",
+        "--locked",
+        "--release",
+        "--package",
+        "gateway-user",
+        "--bins",
+    ]);
+    stage::run(command.args(more))
 }

@@ -67,9 +67,7 @@ impl Server {
     /// # Errors
     /// When `/proc` cannot be read: it takes Linux.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let stat = self.proc_file("stat")?;
-        cpu_time_of(&stat)
-            .with_context(|| format!("expected a line of /proc/PID/stat, found `{}`", stat.trim()))
+        cpu_time(&self.child)
     }
 
     /// The most memory that it has had resident.
@@ -77,13 +75,21 @@ impl Server {
     /// # Errors
     /// When `/proc` cannot be read: it takes Linux.
     pub fn rss_max_bytes(&self) -> Result<u64> {
-        let status = self.proc_file("status")?;
-        rss_max_of(&status).context("expected a line `VmHWM: … kB` in /proc/PID/status, found none")
+        self.status_bytes("VmHWM:")
     }
 
-    fn proc_file(&self, name: &str) -> Result<String> {
-        let path = format!("/proc/{}/{name}", self.child.id());
-        fs::read_to_string(&path).with_context(|| format!("cannot read {path}: the measurement takes Linux"))
+    /// The memory that it has resident now.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read: it takes Linux.
+    pub fn rss_bytes(&self) -> Result<u64> {
+        self.status_bytes("VmRSS:")
+    }
+
+    fn status_bytes(&self, key: &str) -> Result<u64> {
+        let status = proc_file(&self.child, "status")?;
+        bytes_of(&status, key)
+            .with_context(|| format!("expected a line `{key} … kB` in /proc/PID/status, found none"))
     }
 }
 
@@ -93,6 +99,20 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// CPU time of all threads of a program so far, user and system.
+///
+/// # Errors
+/// When `/proc` cannot be read: it takes Linux.
+pub fn cpu_time(child: &Child) -> Result<Duration> {
+    let stat = proc_file(child, "stat")?;
+    cpu_time_of(&stat).with_context(|| format!("expected a line of /proc/PID/stat, found `{}`", stat.trim()))
+}
+
+fn proc_file(child: &Child, name: &str) -> Result<String> {
+    let path = format!("/proc/{}/{name}", child.id());
+    fs::read_to_string(&path).with_context(|| format!("cannot read {path}: the measurement takes Linux"))
 }
 
 /// An address on loopback that nobody listens on.
@@ -113,8 +133,8 @@ fn cpu_time_of(stat: &str) -> Option<Duration> {
     Some(Duration::from_millis((user + system) * (1000 / TICKS_PER_SECOND)))
 }
 
-fn rss_max_of(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+fn bytes_of(status: &str, key: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim_end().parse().ok()?;
     Some(kib * 1024)
 }
@@ -131,12 +151,11 @@ mod tests {
     }
 
     #[test]
-    fn peak_memory_is_in_bytes() {
-        assert_eq!(
-            rss_max_of("VmPeak:\t 99 kB\nVmHWM:\t    3584 kB\nVmRSS:\t 1 kB\n"),
-            Some(3_670_016)
-        );
-        assert_eq!(rss_max_of("VmPeak:\t 99 kB\n"), None);
+    fn memory_is_in_bytes() {
+        let status = "VmPeak:\t 99 kB\nVmHWM:\t    3584 kB\nVmRSS:\t 1 kB\n";
+        assert_eq!(bytes_of(status, "VmHWM:"), Some(3_670_016));
+        assert_eq!(bytes_of(status, "VmRSS:"), Some(1024));
+        assert_eq!(bytes_of("VmPeak:\t 99 kB\n", "VmHWM:"), None);
     }
 
     #[test]

@@ -16,19 +16,17 @@
 //!
 //! With `--runtimes` the gateway is compared with itself instead: a runtime for each core, against one for all of them.
 
-use std::env;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 
+use super::build_release;
 use super::contender::Contender;
 use super::load::{Load, Programs};
 use super::process::{Server, free_addr};
 use super::report::{Measured, Report, Sample};
-use crate::stage::run as run_command;
+use super::scratch::Scratch;
 use crate::tools;
 
 /// How much is measured.
@@ -54,12 +52,7 @@ pub struct Options {
 /// When something cannot be built, installed or started, or when a load did not go through whole.
 pub fn run(root: &Path, options: &Options) -> Result<()> {
     tools::ensure_installed(&tools::FOR_BENCHES)?;
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    run_command(
-        Command::new(cargo)
-            .current_dir(root)
-            .args(["build", "--release", "-p", "gateway-user"]),
-    )?;
+    build_release(root, &[])?;
     let scratch = Scratch::new()?;
     let programs = Programs::new(&root.join("target/release"), scratch.path())?;
     let (pair, name) = match options.runtimes {
@@ -139,27 +132,4 @@ fn measure(programs: &Programs, proxy: &mut Server, load: Load) -> Result<Sample
         units_per_s: done.units as f64 / done.seconds,
         rss_max_bytes: proxy.rss_max_bytes()?,
     })
-}
-
-/// A directory of this run alone, removed in the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Scratch> {
-        let path = env::temp_dir().join(format!("vllm-gateway-bench-{}", std::process::id()));
-        fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        Ok(Scratch(path))
-    }
-
-    fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("{} could not be removed: {error}", self.0.display());
-        }
-    }
 }

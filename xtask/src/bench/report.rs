@@ -35,10 +35,13 @@ pub struct Report(Vec<Measured>);
 
 /// Median, least and most.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Range {
-    median: f64,
-    min: f64,
-    max: f64,
+pub struct Range {
+    /// The middle one, or the mean of the two in the middle.
+    pub median: f64,
+    /// The least.
+    pub min: f64,
+    /// The most.
+    pub max: f64,
 }
 
 impl Sample {
@@ -61,7 +64,8 @@ impl Sample {
 }
 
 impl Range {
-    fn of(values: impl Iterator<Item = f64>) -> Range {
+    /// Of these values; without any, all are NaN.
+    pub fn of(values: impl Iterator<Item = f64>) -> Range {
         let mut values: Vec<_> = values.collect();
         values.sort_by(f64::total_cmp);
         let at = |position: usize| values.get(position).copied().unwrap_or(f64::NAN);
@@ -73,7 +77,8 @@ impl Range {
         }
     }
 
-    fn json(self) -> Value {
+    /// As JSON.
+    pub fn json(self) -> Value {
         json!({"median": self.median, "min": self.min, "max": self.max})
     }
 }
@@ -119,12 +124,20 @@ impl Report {
     /// When the file cannot be written.
     pub fn write(&self, file: &Path) -> Result<()> {
         let loads: Vec<_> = self.0.iter().map(Measured::json).collect();
-        let text = serde_json::to_string_pretty(&json!({ "loads": loads }))?;
-        if let Some(dir) = file.parent() {
-            fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        }
-        fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))
+        write_json(file, &json!({ "loads": loads }))
     }
+}
+
+/// Writes a file, and the directory that it is in.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_json(file: &Path, value: &Value) -> Result<()> {
+    if let Some(dir) = file.parent() {
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    }
+    let text = serde_json::to_string_pretty(value)?;
+    fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))
 }
 
 impl Display for Report {

@@ -17,8 +17,8 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use super::http;
 use super::state::{Entry, StateDir};
+use crate::http;
 
 /// How often processes and signals are looked at: unnoticeable for a person, and nothing for a processor.
 const TICK: Duration = Duration::from_millis(100);

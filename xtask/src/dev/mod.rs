@@ -6,11 +6,9 @@
 
 pub mod children;
 mod duration;
-mod http;
 mod ports;
 mod prometheus;
 mod report;
-mod samples;
 mod services;
 mod state;
 
@@ -26,7 +24,6 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use self::children::{Children, Interrupt, Service, Waited};
 use self::ports::{BASES, Ports, USUAL_BASE};
-use self::report::Report;
 use self::services::Plan;
 use self::state::{Claim, Entry, StateDir};
 use crate::{clickhouse, stage, tools};
@@ -132,7 +129,8 @@ fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result
     if !options.no_build {
         build(root, options.release)?;
     }
-    if let Err(error) = clickhouse::get() {
+    let engine = clickhouse::get();
+    if let Err(error) = &engine {
         println!("ClickHouse's engine could not be fetched, so rows will wait in the spool: {error:#}");
     }
     let ports = Ports::from_base(options.place.port_base);
@@ -151,8 +149,10 @@ fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result
     if with_prometheus {
         services.push(plan.prometheus()?);
     }
-    services.push(plan.load(options.rate));
-    let ended = attend(&mut children, services, &claim, ports, options.run_for);
+    // Whoever names a ClickHouse of their own may have it anywhere, up or not.
+    let stores = engine.is_ok() && env::var_os("CLICKHOUSE_URL").is_none();
+    services.push(plan.load(options.rate, stores));
+    let ended = attend(&mut children, services, &claim, &plan, options.run_for);
     println!();
     // First of all they must be gone; but why they had to go matters more than how.
     let stopped = children.stop();
@@ -178,7 +178,7 @@ fn attend(
     children: &mut Children,
     services: Vec<Service>,
     claim: &Claim,
-    ports: Ports,
+    plan: &Plan<'_>,
     run_for: Option<Duration>,
 ) -> Result<()> {
     let started = Instant::now();
@@ -191,7 +191,7 @@ fn attend(
     }
     let up = Instant::now();
     println!("everything is up after {:.1} s\n", (up - started).as_secs_f64());
-    show(&children.entries(), claim.state(), ports);
+    show(&children.entries(), claim.state(), plan.ports);
     let end = run_for.map(|run_for| up + run_for);
     let mut next = up + FIRST_REPORT_AFTER;
     loop {
@@ -199,7 +199,7 @@ fn attend(
         if children.wait_until(Some(until))? == Waited::Interrupted {
             return Ok(());
         }
-        let report = Report::of(&http::get(ports.admin(), "/metrics")?)?;
+        let report = report::of_last(started.elapsed(), plan.report())?;
         println!("\nafter {:.0} s:\n{report}", up.elapsed().as_secs_f64());
         if end.is_some_and(|end| until >= end) {
             return Ok(());

@@ -9,9 +9,9 @@ use rustix::process::Signal;
 
 use super::children::{Ready, Service};
 use super::ports::Ports;
-use super::report::Report;
 use super::state::StateDir;
 use super::{duration, prometheus};
+use crate::http::sum_of;
 
 /// How long anything but the gateway may take to end. None has work that must be finished.
 const GRACE: Duration = Duration::from_secs(5);
@@ -140,8 +140,14 @@ impl Plan<'_> {
         })
     }
 
-    /// Clients of five teams, with projects and users, who now and then give up. They are there when a request has ended.
-    pub fn load(&self, rate_per_s: f64) -> Service {
+    /// The gateway's report on this system; when nothing more is said, as a table by team.
+    pub fn report(&self) -> Command {
+        self.gateway_command("report")
+    }
+
+    /// Clients of five teams, with projects and users, who now and then give up. They are there when a request has ended, and, where rows are
+    /// stored, its row.
+    pub fn load(&self, rate_per_s: f64, stores: bool) -> Service {
         let mut command = self.program("vllm-load");
         command
             .args(["--url", &url(self.ports.gateway())])
@@ -159,7 +165,8 @@ impl Plan<'_> {
             ])
             .args(["--endpoints", "chat=6,completions=3,embeddings=1"])
             .args(["--stream-fraction", "0.33", "--abort-fraction", "0.05"]);
-        let counts = |metrics: &str| Report::of(metrics).is_ok_and(|report| report.requests() > 0);
+        let has_ended: fn(&str) -> bool = |metrics| sum_of("gateway_requests_total", metrics) > 0.0;
+        let is_stored: fn(&str) -> bool = |metrics| sum_of("gateway_store_rows_total", metrics) > 0.0;
         Service {
             name: "load",
             command,
@@ -167,7 +174,7 @@ impl Plan<'_> {
             ready: Ready {
                 port: self.ports.admin(),
                 path: "/metrics",
-                says: counts,
+                says: if stores { is_stored } else { has_ended },
             },
             // At which it sums up what it saw, in its log.
             stop_signal: Signal::INT,
@@ -218,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn the_load_needs_a_request_that_has_ended() {
+    fn the_load_needs_a_request_that_has_ended_and_its_row_where_rows_are_stored() {
         let state = StateDir::of(Path::new("target"), Ports::from_base(8000));
         let plan = Plan {
             root: Path::new("."),
@@ -226,8 +233,14 @@ mod tests {
             state: &state,
             ports: Ports::from_base(8000),
         };
-        let says = plan.load(15.0).ready.says;
-        assert!(!says("gateway_build_info{version=\"1\"} 1\n") && !says("not metrics"));
-        assert!(says("gateway_requests_total{team=\"a\"} 1\n"));
+        let ended = "# TYPE gateway_requests_total counter\ngateway_requests_total{team=\"a b\"} 1\ngateway_store_rows_total 0\n";
+        let stored = ended.replace("rows_total 0", "rows_total 3");
+        let none = ended.replace(" 1", " 0");
+        let (says, says_stored) = (
+            plan.load(15.0, false).ready.says,
+            plan.load(15.0, true).ready.says,
+        );
+        assert!(!says(&none) && !says("not metrics") && says(ended));
+        assert!(!says_stored(ended) && says_stored(&stored));
     }
 }

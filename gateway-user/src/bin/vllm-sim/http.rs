@@ -4,6 +4,7 @@
 //! body leave in one write, the keep-alive time also runs before a connection's first request, and an abort behind
 //! pipelined bytes is noticed only when something is written.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -12,10 +13,12 @@ use hyper::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, DATE, HeaderName, Heade
 use hyper::service::service_fn;
 use hyper::{HeaderMap, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::body::{EventStream, SimBody};
 use crate::router::Site;
+use crate::sockets::Logged;
 
 /// Pause after a failed accept (no descriptors left, most likely), so that the loop does not spin.
 const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
@@ -27,8 +30,8 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub async fn serve(listener: TcpListener, site: Arc<Site>) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
-                tokio::spawn(connection(stream, Arc::clone(&site)));
+            Ok((stream, client)) => {
+                tokio::spawn(connection(stream, client, Arc::clone(&site)));
             }
             Err(error) => {
                 eprintln!("vllm-sim: cannot accept a connection: {error}");
@@ -38,9 +41,20 @@ pub async fn serve(listener: TcpListener, site: Arc<Site>) {
     }
 }
 
-async fn connection(stream: TcpStream, site: Arc<Site>) {
+async fn connection(stream: TcpStream, client: SocketAddr, site: Arc<Site>) {
     // Without it a chunk would wait for the reader's ACK of the one before. Fails only on a dead connection.
     let _ = stream.set_nodelay(true);
+    if site.options.log_sockets {
+        let log = site.sockets.clone();
+        return exchange(Logged::new(stream, client, log), site).await;
+    }
+    exchange(stream, site).await;
+}
+
+async fn exchange<S>(stream: S, site: Arc<Site>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let keep_alive = site.options.keep_alive;
     let service = service_fn(move |request| {
         let site = Arc::clone(&site);

@@ -16,6 +16,7 @@ mod prompts;
 mod request;
 mod router;
 mod shapes;
+mod sockets;
 mod tokens;
 mod tools;
 

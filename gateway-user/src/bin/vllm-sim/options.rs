@@ -139,6 +139,10 @@ pub struct Options {
     /// Serve /sim/requests and /sim/totals: what the engine did for each request.
     #[arg(long)]
     pub introspect: bool,
+
+    /// With --introspect: log when which bytes were read and written, and serve that at /sim/sockets. For short runs: it all stays in memory.
+    #[arg(long, requires = "introspect")]
+    pub log_sockets: bool,
 }
 
 /// What the served model does.

@@ -22,6 +22,7 @@ use crate::request::{Endpoint, Job, parse_body, resolve_model};
 use crate::shapes::error::ApiError;
 use crate::shapes::json::Js;
 use crate::shapes::{self, Stamp, site};
+use crate::sockets::SocketLog;
 use crate::tokens::{Prompt, decode, encode, mix};
 
 const NOT_FOUND: &str = r#"{"detail":"Not Found"}"#;
@@ -37,6 +38,8 @@ pub struct Site {
     fingerprint: Option<Arc<str>>,
     started_s: f64,
     ids: AtomicU64,
+    /// Filled with --log-sockets only.
+    pub sockets: SocketLog,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +56,7 @@ enum Route {
     Metrics,
     SimRequests,
     SimTotals,
+    SimSockets,
 }
 
 impl Route {
@@ -77,6 +81,7 @@ impl Route {
             "/metrics" => Route::Metrics,
             "/sim/requests" if options.introspect => Route::SimRequests,
             "/sim/totals" if options.introspect => Route::SimTotals,
+            "/sim/sockets" if options.log_sockets => Route::SimSockets,
             _ => return None,
         };
         Some(route)
@@ -108,6 +113,7 @@ impl Site {
             started_s: since_epoch.as_secs_f64(),
             // Ids must differ between runs, whatever the seed.
             ids: AtomicU64::new(since_epoch.as_nanos() as u64),
+            sockets: SocketLog::default(),
             options,
         }
     }
@@ -179,6 +185,11 @@ impl Site {
                     .typed(200, Bytes::from(lines), "application/x-ndjson", None),
                 None => unavailable(),
             },
+            Route::SimSockets => {
+                let lines = self.sockets.lines();
+                self.heads
+                    .typed(200, Bytes::from(lines), "application/x-ndjson", None)
+            }
             _ => self.heads.empty(),
         }
     }

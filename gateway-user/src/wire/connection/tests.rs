@@ -187,6 +187,31 @@ fn after_an_upgrade_nothing_is_read() {
 }
 
 #[test]
+fn a_hole_beyond_a_length_ends_that_body_and_begins_the_next_head() {
+    let mut watched = Watched::new();
+    watched
+        .client(&(get("/a") + &get("/b")))
+        .server("HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nab");
+    // The end of one response, and the beginning of the next one's head.
+    watched
+        .feed(Direction::ToClient, Piece::Hole(9))
+        .server("0 OK\r\n");
+    assert_eq!(
+        watched.ended(),
+        [("/a", Outcome::Completed), ("/b", Outcome::Incomplete)]
+    );
+    assert_eq!(watched.1.ended[0].1.response_bytes, 6);
+    let mut watched = Watched::new();
+    watched.client(&post("/a", "Content-Length: 6")).client("ab");
+    watched
+        .feed(Direction::ToServer, Piece::Hole(9))
+        .client("/b HTTP/1.1\r\n\r\n")
+        .server(OK);
+    assert_eq!(watched.ended(), [("/a", Outcome::Completed)]);
+    assert_eq!(watched.1.ended[0].1.request_whole, Some(At(1_000)));
+}
+
+#[test]
 fn holes_within_a_length_lose_nothing_but_their_bytes() {
     let mut watched = Watched::new();
     watched.client(&post("/a", "Content-Length: 10")).client("ab");
@@ -203,21 +228,7 @@ fn holes_within_a_length_lose_nothing_but_their_bytes() {
 }
 
 #[test]
-fn a_hole_in_a_chunked_response_ends_it_unseen_until_the_next_head() {
-    let mut watched = Watched::new();
-    watched.client(&get("/a")).server(CHUNKED).server("5\r\nab");
-    watched.feed(Direction::ToClient, Piece::Hole(3));
-    assert_eq!(watched.ended(), [("/a", Outcome::Incomplete)]);
-    watched
-        .server("\r\n0\r\n\r\n")
-        .client(&get("/b"))
-        .server("de\r\n")
-        .server(OK);
-    assert_eq!(watched.ended()[1..], [("/b", Outcome::Completed)]);
-}
-
-#[test]
-fn a_hole_in_a_chunked_request_leaves_only_that_exchange_unseen() {
+fn a_hole_inside_a_chunk_is_one_in_payload() {
     let mut watched = Watched::new();
     watched
         .client(&post("/a", "Transfer-Encoding: chunked"))
@@ -225,6 +236,172 @@ fn a_hole_in_a_chunked_request_leaves_only_that_exchange_unseen() {
     watched
         .feed(Direction::ToServer, Piece::Hole(3))
         .client("\r\n0\r\n\r\n")
+        .server(CHUNKED)
+        .server("5\r\nab");
+    watched
+        .feed(Direction::ToClient, Piece::Hole(3))
+        .server("\r\n0\r\n\r\n")
+        .client(&get("/b"))
+        .server(OK);
+    assert_eq!(
+        watched.ended(),
+        [("/a", Outcome::Completed), ("/b", Outcome::Completed)]
+    );
+    let facts = &watched.1.ended[0].1;
+    assert_eq!((facts.request_bytes, facts.response_bytes), (5, 5));
+    assert!(facts.request_whole.is_some());
+}
+
+#[test]
+fn a_hole_in_chunked_framing_ends_a_response_unseen_until_the_next_head() {
+    let mut watched = Watched::new();
+    watched.client(&get("/a")).server(CHUNKED).server("5\r\nab");
+    watched.feed(Direction::ToClient, Piece::Hole(4));
+    assert_eq!(watched.ended(), [("/a", Outcome::Incomplete)]);
+    watched
+        .server("\n0\r\n\r\n")
+        .client(&get("/b"))
+        .server("de\r\n")
+        .server(OK);
+    assert_eq!(watched.ended()[1..], [("/b", Outcome::Completed)]);
+}
+
+#[test]
+fn a_response_right_behind_the_lost_end_of_another_is_the_next_requests() {
+    // That the end of `/a` is missing shows only when the response to `/b` comes.
+    let mut watched = Watched::new();
+    watched.client(&get("/a")).server(CHUNKED).server("5\r\nab");
+    watched
+        .client(&get("/b"))
+        .feed(Direction::ToClient, Piece::Hole(10))
+        .server(OK);
+    assert_eq!(
+        watched.ended(),
+        [("/a", Outcome::Incomplete), ("/b", Outcome::Completed)]
+    );
+    // With two that wait, either could be meant, and with other bytes behind the hole its head was swallowed too.
+    for (waiting, behind) in [(2, OK), (1, "200 OK\r\n\r\n")] {
+        let mut watched = Watched::new();
+        watched.client(&get("/a")).server(CHUNKED).server("5\r\nab");
+        watched
+            .client(&get("/b").repeat(waiting))
+            .feed(Direction::ToClient, Piece::Hole(10))
+            .server(behind);
+        assert_eq!(
+            watched.ended(),
+            [
+                &[("/a", Outcome::Incomplete)][..],
+                &vec![("/b", Outcome::Incomplete); waiting]
+            ]
+            .concat()
+        );
+        watched.client(&get("/c")).server(OK);
+        assert_eq!(watched.ended().last(), Some(&("/c", Outcome::Completed)));
+    }
+}
+
+#[test]
+fn a_response_of_which_the_head_is_lost_is_not_taken_for_its_successor() {
+    // The head of `/a`'s response is missing, and all of `/b`'s too.
+    let mut watched = Watched::new();
+    watched
+        .client(&get("/a"))
+        .feed(Direction::ToClient, Piece::Hole(30))
+        .server("of a body\r\n")
+        .client(&get("/b"))
+        .feed(Direction::ToClient, Piece::Hole(30));
+    watched
+        .client(&get("/c"))
+        .server("HTTP/1.1 404 X\r\nContent-Length: 0\r\n\r\n");
+    assert_eq!(
+        watched.ended(),
+        [
+            ("/a", Outcome::Incomplete),
+            ("/b", Outcome::Incomplete),
+            ("/c", Outcome::ClientError)
+        ]
+    );
+}
+
+#[test]
+fn a_response_whose_head_has_begun_takes_the_hole_behind_it() {
+    for (head, outcome) in [
+        ("HTTP/1.1 2", Outcome::Completed),
+        ("HTTP/1.1 ", Outcome::Incomplete),
+    ] {
+        let mut watched = Watched::new();
+        watched.client(&get("/a")).server(head).client(&get("/b"));
+        watched.feed(Direction::ToClient, Piece::Hole(9)).server(OK);
+        assert_eq!(watched.ended(), [("/a", Outcome::Incomplete), ("/b", outcome)]);
+    }
+}
+
+#[test]
+fn a_hole_before_a_response_spares_it() {
+    let mut watched = Watched::new();
+    watched.client(&get("/a")).server("HTTP/1.1 100 Con");
+    watched
+        .feed(Direction::ToClient, Piece::Hole(9))
+        .server(OK)
+        .client(&get("/b"))
+        .server(OK);
+    assert_eq!(
+        watched.ended(),
+        [("/a", Outcome::Completed), ("/b", Outcome::Completed)]
+    );
+}
+
+#[test]
+fn a_request_is_whole_with_its_last_byte() {
+    let mut watched = Watched::new();
+    let feed = |watched: &mut Watched, at: u64, text: &str| {
+        let piece = Piece::Bytes(text.as_bytes());
+        watched.0.feed(Direction::ToServer, At(at), piece, &mut watched.1);
+    };
+    feed(&mut watched, 1, "GET /a HTTP/1.1\r\n");
+    feed(&mut watched, 2, "Host: a\r\n\r\n");
+    feed(&mut watched, 3, &post("/b", "Content-Length: 2"));
+    feed(&mut watched, 4, "{");
+    assert_eq!((watched.0.in_flight(), watched.0.awaits_response()), (2, true));
+    feed(&mut watched, 5, "}");
+    feed(&mut watched, 6, &post("/c", "Transfer-Encoding: chunked"));
+    feed(&mut watched, 7, "2\r\n{}\r\n0\r\n");
+    watched.server(OK).server(OK);
+    assert!(!watched.0.awaits_response());
+    feed(&mut watched, 8, "\r\n");
+    assert!(watched.0.awaits_response());
+    watched.server(OK);
+    let whole = watched.1.ended.iter().map(|(_, facts)| facts.request_whole);
+    assert_eq!(whole.collect::<Vec<_>>(), [2, 5, 8].map(|at| Some(At(at))));
+}
+
+#[test]
+fn an_idle_connection_keeps_no_buffers() {
+    let mut watched = Watched::new();
+    for _ in 0..3 {
+        watched
+            .client(&post("/a", "Content-Length: 1"))
+            .client("x")
+            .server(OK);
+    }
+    assert_eq!(watched.1.ended.len(), 3);
+    let connection = &watched.0;
+    let kept = [
+        connection.requests.head.capacity(),
+        connection.responses.head.capacity(),
+    ];
+    assert_eq!((kept, connection.in_flight.capacity()), ([0, 0], 0));
+}
+
+#[test]
+fn a_hole_in_a_chunked_requests_framing_leaves_only_that_exchange_unseen() {
+    let mut watched = Watched::new();
+    watched
+        .client(&post("/a", "Transfer-Encoding: chunked"))
+        .client("5\r\nab");
+    watched
+        .feed(Direction::ToServer, Piece::Hole(4))
+        .client("\n0\r\n\r\n")
         .server(OK);
     assert_eq!(watched.ended(), [("/a", Outcome::Incomplete)]);
     watched.client(&get("/b")).server(OK);
@@ -259,6 +436,25 @@ fn a_connection_seen_from_its_middle_waits_for_a_request() {
         .server(OK);
     assert_eq!(watched.ended(), [("/a", Outcome::Completed)]);
     assert!(watched.0.opaque_bytes() > 0);
+}
+
+#[test]
+fn what_only_looked_like_a_head_does_not_hide_the_next_one() {
+    for (late, at_end) in [
+        ("rest of a PROMPT", "T"),
+        ("x", "POST"),
+        ("OST /b HTTP/1.1\r\nHost: a\r\n\r\n", "GET"),
+    ] {
+        let mut watched = Watched::new();
+        watched
+            .client(late)
+            .client(at_end)
+            .client("P")
+            .client(&post("/a", "Content-Length: 0")[1..]);
+        watched.server("late").server("H").server(OK);
+        assert_eq!(watched.ended(), [("/a", Outcome::Completed)], "{late}");
+        assert_eq!(watched.0.opaque_bytes(), (late.len() + at_end.len() + 5) as u64);
+    }
 }
 
 #[test]

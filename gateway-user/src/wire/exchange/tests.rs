@@ -15,7 +15,7 @@ fn exchange(path: &str, request: &str, head: &str) -> Exchange {
     let text = format!("POST {path} HTTP/1.1\r\nHost: a\r\n\r\n");
     let (parsed, _) = RequestHead::parse(text.as_bytes(), 1_024).unwrap().unwrap();
     let mut exchange = Exchange::begin(At(0), &parsed);
-    exchange.request_body(At(0), Piece::Bytes(request.as_bytes()));
+    exchange.request_body(Piece::Bytes(request.as_bytes()));
     let (parsed, _) = ResponseHead::parse(head.as_bytes(), 1_024, "POST")
         .unwrap()
         .unwrap();
@@ -399,6 +399,12 @@ fn a_hole_in_a_stream_costs_one_event_and_all_that_may_be_stale() {
     exchange.response_body(At(14_000), Piece::Bytes(event(3).as_bytes()));
     let facts = exchange.finish(At(15_000), Ending::Complete);
     assert_eq!((facts.chunks, facts.tokens.completion), (2, Some(3)));
+    assert_eq!(facts.outcome, Outcome::Incomplete, "an event was not seen");
+    assert_eq!(
+        (facts.ttft_us, facts.gaps.count),
+        (Some(10), 0),
+        "no gap across the hole"
+    );
     assert_eq!(facts.response_bytes, 3 * event(1).len() as u64);
 }
 
@@ -509,7 +515,7 @@ proptest! {
     ) {
         let mut exchange = exchange(CHAT, "", if is_stream { SSE_HEAD } else { JSON_HEAD });
         for (piece, at) in pieces.iter().zip(2_000..) {
-            exchange.request_body(At(at), Piece::Bytes(piece));
+            exchange.request_body(Piece::Bytes(piece));
             exchange.response_body(At(at), Piece::Bytes(piece));
             exchange.response_body(At(at), Piece::Hole(piece.len() as u64 / 2));
         }
@@ -537,5 +543,100 @@ fn half_a_usage_is_not_a_continuous_one() {
     assert_eq!(
         (facts.tokens.prompt, facts.tokens.completion, facts.chunks),
         (Some(7), None, 1)
+    );
+}
+
+#[test]
+fn behind_a_hole_no_first_token_is_timed() {
+    let mut exchange = exchange(CHAT, "{}", SSE_HEAD);
+    let said = format!("data: {}\n\n", chat_chunk(0, r#"{"content":"a"}"#, "null"));
+    exchange.response_body(At(9_000), Piece::Hole(20));
+    exchange.response_body(At(9_000), Piece::Bytes(b"\n\n"));
+    for at in [10_000, 12_000] {
+        exchange.response_body(At(at), Piece::Bytes(said.as_bytes()));
+    }
+    let facts = exchange.finish(At(13_000), Ending::Complete);
+    assert_eq!((facts.ttft_us, facts.chunks, facts.gaps.sum_us), (None, 2, 2));
+}
+
+/// A request of which only the beginning was captured.
+fn prefix(path: &str, request: &str, head: &str) -> Exchange {
+    let mut exchange = exchange(path, request, head);
+    exchange.request_body(Piece::Hole(1_000));
+    exchange
+}
+
+#[test]
+fn what_a_request_asked_behind_its_captured_prefix_is_not_guessed() {
+    let usage = r#""usage":{"prompt_tokens":6,"completion_tokens":4}"#;
+    let one = format!(r#"{{"choices":[{{"index":0,"text":"a"}}],{usage}}}"#);
+    let two = format!(r#"{{"choices":[{{"index":0,"text":"a"}},{{"index":1,"text":"a"}}],{usage}}}"#);
+    for (path, request, answer, engine_prompt) in [
+        // The answer itself says how many choices chat made.
+        (CHAT, r#"{"messages":[{"content":"long"#, &two, Some(12)),
+        (CHAT, r#"{"n":3,"messages":["#, &two, Some(18)),
+        // Two choices of a completion may be those of two prompts.
+        ("/v1/completions", r#"{"prompt":"long"#, &two, None),
+        ("/v1/completions", r#"{"prompt":"long"#, &one, Some(6)),
+        ("/v1/completions", r#"{"n":2,"prompt":"long"#, &two, Some(12)),
+    ] {
+        let mut exchange = prefix(path, request, JSON_HEAD);
+        exchange.response_body(At(2_000), Piece::Bytes(answer.as_bytes()));
+        let facts = exchange.finish(At(3_000), Ending::Complete);
+        let found = (facts.tokens.prompt, facts.tokens.engine_prompt);
+        assert_eq!(found, (Some(6), engine_prompt), "{path} {request}");
+    }
+}
+
+#[test]
+fn a_completion_that_breaks_off_unseen_requests_may_have_had_more_prompts() {
+    let chunk = choice_usage(0, 6, 2);
+    for (request, prompt, engine_prompt) in [
+        (r#"{"n":1,"prompt":["first","sec"#, None, None),
+        (r#"{"n":1,"prompt":"long"#, None, None),
+        (r#"{"prompt":"one","n":1,"user":"#, Some(6), Some(6)),
+        // The other choice has not been heard of, and nothing says that there is none.
+        (r#"{"prompt":"one","user":"#, None, None),
+    ] {
+        let mut exchange = prefix("/v1/completions", request, SSE_HEAD);
+        let event = format!("data: {chunk}\n\n");
+        exchange.response_body(At(2_000), Piece::Bytes(event.as_bytes()));
+        let facts = exchange.finish(At(3_000), Ending::ClientGone);
+        let found = (facts.tokens.prompt, facts.tokens.engine_prompt);
+        assert_eq!(found, (prompt, engine_prompt), "{request}");
+        assert_eq!(facts.tokens.completion, Some(2), "{request}");
+    }
+}
+
+#[test]
+fn choices_behind_a_hole_in_the_answer_are_not_counted() {
+    let mut exchange = prefix(CHAT, r#"{"messages":["#, JSON_HEAD);
+    let answer = br#"{"usage":{"prompt_tokens":6,"completion_tokens":4},"choices":[{"index":0}"#;
+    exchange.response_body(At(2_000), Piece::Bytes(answer));
+    exchange.response_body(At(2_000), Piece::Hole(9));
+    let tokens = exchange.finish(At(3_000), Ending::Complete).tokens;
+    assert_eq!((tokens.prompt, tokens.engine_prompt), (Some(6), None));
+}
+
+#[test]
+fn a_request_is_whole_when_it_is_first_said_to_be() {
+    let mut exchange = exchange(CHAT, "{}", JSON_HEAD);
+    assert_eq!(exchange.clone().finish(At(9), Ending::Unseen).request_whole, None);
+    exchange.request_end(At(5));
+    exchange.request_end(At(6));
+    assert_eq!(exchange.finish(At(9), Ending::Unseen).request_whole, Some(At(5)));
+}
+
+#[test]
+fn where_the_end_was_not_seen_the_last_usage_is_no_usage() {
+    let chunk = choice_usage(0, 4, 8);
+    let facts = stream(CHAT, "{}", &[&chunk], Ending::Unseen);
+    assert_eq!((facts.tokens.prompt, facts.tokens.completion), (Some(4), None));
+    assert_eq!(facts.usage_source, UsageSource::Counted);
+    let last = r#"{"choices":[],"usage":{"prompt_tokens":4,"completion_tokens":9}}"#;
+    let facts = stream(CHAT, "{}", &[&chunk, last], Ending::Unseen);
+    assert_eq!(
+        (facts.tokens.completion, facts.usage_source),
+        (Some(9), UsageSource::Reported)
     );
 }

@@ -1,4 +1,4 @@
-//! Just enough HTTP to ask a program on this machine how it is.
+//! Just enough HTTP to ask a program on this machine how it is, and to read a number off its metrics page.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -42,6 +42,15 @@ pub fn get(port: u16, path: &str) -> Result<String> {
         "expected 200 for {path} on port {port}, found `{status_line}`: {body}"
     );
     Ok(body.to_owned())
+}
+
+/// The sum of a family on a metrics page; 0 when it is not there.
+pub fn sum_of(family: &str, metrics: &str) -> f64 {
+    let values = metrics.lines().filter_map(|line| {
+        let (series, value) = line.rsplit_once(' ')?;
+        (series.split('{').next() == Some(family)).then(|| value.parse::<f64>().ok())?
+    });
+    values.sum()
 }
 
 #[cfg(test)]

@@ -12,6 +12,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Bytes of the MAC that are sent: 64 bits, far more than a forger can try within the life of a request.
 const MAC_BYTES: usize = 8;
 
+/// Longest `X-Request-Id` that is taken over from a client: it becomes part of vLLM's ids, log lines and rows.
+const CLIENT_ID_BYTES_MAX: usize = 128;
+
 /// Makes request ids.
 pub struct RequestIds {
     gateway_id: Box<str>,
@@ -49,6 +52,16 @@ impl RequestIds {
         format!("{}-{:x}-{sequence:x}", self.gateway_id, self.boot).into()
     }
 
+    /// Whether this very run of the gateway made `id`, given that it was verified.
+    pub fn is_own(&self, id: &str) -> bool {
+        origin(id).is_some_and(|(origin, _)| {
+            let boot = origin
+                .rsplit_once('-')
+                .map(|(gateway, boot)| (gateway, u64::from_str_radix(boot, 16)));
+            boot == Some((&*self.gateway_id, Ok(self.boot)))
+        })
+    }
+
     /// The value of `X-Gateway-Request-Id` for `id`.
     pub fn signed(&self, id: &str) -> String {
         let mut signed = String::with_capacity(id.len() + 1 + 2 * MAC_BYTES);
@@ -71,6 +84,18 @@ impl RequestIds {
         let whole = mac.finalize().into_bytes();
         std::array::from_fn(|at| whole[at])
     }
+}
+
+/// A client's `X-Request-Id`, if it is short and visible ASCII.
+pub fn acceptable(value: &[u8]) -> Option<&str> {
+    let is_good = (1..=CLIENT_ID_BYTES_MAX).contains(&value.len()) && value.iter().all(u8::is_ascii_graphic);
+    std::str::from_utf8(value).ok().filter(|_| is_good)
+}
+
+/// Which run of which gateway made `id`, and its sequence number within that run.
+pub fn origin(id: &str) -> Option<(&str, u64)> {
+    let (origin, sequence) = id.rsplit_once('-')?;
+    Some((origin, u64::from_str_radix(sequence, 16).ok()?))
 }
 
 fn keyed(secret: &[u8]) -> Hmac<Sha256> {
@@ -113,6 +138,25 @@ mod tests {
         assert_eq!(ours.verified(&id), None, "an id without its MAC");
         assert_eq!(ours.verified(&signed.replace("gw-1", "gw-9")), None);
         assert_ne!(ours.next(), id);
+    }
+
+    #[test]
+    fn an_id_says_which_run_of_which_gateway_made_it() {
+        let ours = RequestIds::new("gw-1", None);
+        let id = ours.next();
+        assert!(ours.is_own(&id));
+        let (run, sequence) = origin(&id).unwrap();
+        assert!(run.starts_with("gw-1-"), "{run}");
+        assert_eq!(sequence, 1);
+        for other in [
+            id.replace("gw-1", "gw-2"),
+            "gw-1-0-1".to_owned(),
+            "gw".to_owned(),
+            String::new(),
+        ] {
+            assert!(!ours.is_own(&other), "{other}");
+        }
+        assert_eq!(origin("gw-1-xyz"), None);
     }
 
     #[test]

@@ -1,12 +1,14 @@
-//! What vLLM says of itself, on its way to ClickHouse.
+//! Rows that wait in memory on their way to ClickHouse: what vLLM says of itself, and the times of other gateways' requests.
 //!
-//! Samples are few (some an upstream and scrape) and describe a moment that passes, so they wait in memory and not on disk: through an outage of
+//! They describe a moment that passes, or add to a row that is safe elsewhere, so they do not go through the spool: they live through an outage of
 //! hours, and not through a restart. Past a bound (30,000) the oldest go, counted.
 
 use super::sender::told;
+use crate::event::{TapTiming, TimingSink};
 use crate::vllm::{SampleSink, SystemSample};
 use bytes::Bytes;
 use clickhouse::{Client, error::Error};
+use serde::Serialize;
 use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,27 +17,38 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
-/// Most samples that wait: half a day of ten upstreams at 15 s, in some 15 MB.
+/// Most rows that wait: half a day of ten upstreams at 15 s, in some 15 MB.
 const WAITING_MAX: usize = 30_000;
 
-/// Most samples in one insert.
+/// Most rows in one insert.
 const INSERT_MAX: usize = 1_000;
 
-/// Between two tries. Scrapes come every few seconds, so nothing is gained by hurrying.
+/// Between two tries. Nobody waits for these rows, so nothing is gained by hurrying.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// How long the last insert may take when the gateway ends.
 const LAST_LIMIT: Duration = Duration::from_secs(2);
 
-/// Samples that wait to be stored.
-#[derive(Debug, Default)]
-pub struct SampleQueue {
+/// Rows of one table that wait to be stored.
+#[derive(Debug)]
+pub struct RowQueue {
+    table: &'static str,
     waiting: Mutex<VecDeque<String>>,
     arrived: Notify,
     dropped: AtomicU64,
 }
 
-impl SampleQueue {
+impl RowQueue {
+    /// An empty queue of rows of `table`.
+    pub fn of(table: &'static str) -> RowQueue {
+        RowQueue {
+            table,
+            waiting: Mutex::default(),
+            arrived: Notify::new(),
+            dropped: AtomicU64::new(0),
+        }
+    }
+
     /// How many wait.
     pub fn len(&self) -> usize {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).len()
@@ -49,6 +62,21 @@ impl SampleQueue {
     /// How many were given up.
     pub fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)
+    }
+
+    fn push(&self, row: &impl Serialize) {
+        // A row is numbers and names: there is nothing in it that JSON cannot say.
+        let Ok(line) = serde_json::to_string(row) else {
+            return;
+        };
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.len() == WAITING_MAX {
+            waiting.pop_front();
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+        waiting.push_back(line);
+        drop(waiting);
+        self.arrived.notify_one();
     }
 
     fn first(&self, count_max: usize) -> Vec<String> {
@@ -65,36 +93,31 @@ impl SampleQueue {
     }
 }
 
-impl SampleSink for SampleQueue {
+impl SampleSink for RowQueue {
     fn record(&self, sample: &SystemSample) {
-        // A sample is numbers and names: there is nothing in it that JSON cannot say.
-        let Ok(line) = serde_json::to_string(sample) else {
-            return;
-        };
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if waiting.len() == WAITING_MAX {
-            waiting.pop_front();
-            self.dropped.fetch_add(1, Ordering::Relaxed);
-        }
-        waiting.push_back(line);
-        drop(waiting);
-        self.arrived.notify_one();
+        self.push(sample);
     }
 }
 
-/// Stores samples.
-pub struct SampleSender {
-    queue: Arc<SampleQueue>,
+impl TimingSink for RowQueue {
+    fn record(&self, timing: &TapTiming) {
+        self.push(timing);
+    }
+}
+
+/// Stores the rows of a queue.
+pub struct RowSender {
+    queue: Arc<RowQueue>,
     client: Client,
 }
 
-impl SampleSender {
+impl RowSender {
     /// A sender to the database that `client` has set.
-    pub fn new(queue: Arc<SampleQueue>, client: Client) -> SampleSender {
-        SampleSender { queue, client }
+    pub fn new(queue: Arc<RowQueue>, client: Client) -> RowSender {
+        RowSender { queue, client }
     }
 
-    /// Stores samples until `stop` holds `true`.
+    /// Stores rows until `stop` holds `true`.
     pub async fn run(self, mut stop: watch::Receiver<bool>) {
         loop {
             tokio::select! {
@@ -111,18 +134,18 @@ impl SampleSender {
             return self.queue.arrived.notified().await;
         }
         if let Err(error) = self.store_first().await {
-            tracing::debug!(%error, waiting = self.queue.len(), "samples of vLLM wait");
+            tracing::debug!(%error, table = self.queue.table, waiting = self.queue.len(), "rows wait in memory");
             sleep(RETRY).await;
         }
     }
 
-    /// A retry after a lost answer may store a sample twice; the table keeps one row for one moment of one upstream.
+    /// A retry after a lost answer may store a row twice; the tables replace a row by its like.
     async fn store_first(&self) -> Result<(), Error> {
         let lines = self.queue.first(INSERT_MAX);
         if lines.is_empty() {
             return Ok(());
         }
-        let statement = "INSERT INTO vllm_system_metrics FORMAT JSONEachRow";
+        let statement = format!("INSERT INTO {} FORMAT JSONEachRow", self.queue.table);
         let mut insert = self
             .client
             .insert_formatted_with(statement)

@@ -1,6 +1,6 @@
 //! W3C trace context: the gateway is a span between the client's and vLLM's.
 
-use super::ids::random_hex;
+use crate::ids::random_hex;
 
 /// The trace that a request belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +27,14 @@ impl Trace {
             traceparent,
         }
     }
+}
+
+/// The trace id of a well-formed `traceparent`.
+pub fn trace_id_of(traceparent: &[u8]) -> Option<&str> {
+    std::str::from_utf8(traceparent)
+        .ok()
+        .and_then(parse)
+        .map(|(trace_id, _)| trace_id)
 }
 
 /// Trace id and flags of a version-00 `traceparent` (later versions begin with the same four fields).
@@ -59,6 +67,10 @@ mod tests {
     fn a_good_parent_is_continued() {
         let trace = Trace::child_of(Some(format!("00-{TRACE}-00f067aa0ba902b7-01").as_bytes()));
         assert_eq!(&*trace.trace_id, TRACE);
+        assert_eq!(
+            trace_id_of(format!("00-{TRACE}-00f067aa0ba902b7-01").as_bytes()),
+            Some(TRACE)
+        );
         assert!(trace.traceparent.starts_with(&format!("00-{TRACE}-")) && trace.traceparent.ends_with("-01"));
         assert!(
             !trace.traceparent.contains("00f067aa0ba902b7"),

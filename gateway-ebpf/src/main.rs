@@ -1,0 +1,62 @@
+//! The kernel probe. It sees each packet that a watched cgroup's sockets get or send, and puts what belongs to a watched TCP port
+//! into a ring, with the kernel's time: packets *to* the port are the request as it arrives, packets *from* the port the response
+//! as it leaves. On loopback too, each byte is seen once.
+//!
+//! It promises that no packet is ever held up or dropped, that no record holds a byte that was not on the wire, and that what could
+//! not be recorded is counted. It keeps no state between packets: connections, retransmits and order are the agent's affair.
+//!
+//! Programs can interrupt one another, even on one CPU: an egress program runs in its task's context, and a softirq brings an ingress
+//! packet in the middle of it. So records are written straight into memory that the ring has reserved for them, never into a
+//! scratch buffer of the CPU, and counters are added to atomically.
+#![no_std]
+#![no_main]
+#![feature(asm_experimental_arch)]
+
+mod counter;
+mod packet;
+mod record;
+mod setting;
+
+use crate::packet::Packet;
+use aya_ebpf::{macros::cgroup_skb, programs::SkBuffContext};
+use gateway_common::record::{EGRESS, INGRESS};
+
+/// What a cgroup program answers to let a packet pass.
+const PASS: i32 = 1;
+
+/// Sees what arrives.
+#[cgroup_skb(ingress)]
+pub fn ingress(ctx: SkBuffContext) -> i32 {
+    if let Some(limit_bytes) = setting::ingress_prefix_bytes() {
+        watch::<INGRESS>(&ctx, limit_bytes);
+    }
+    PASS
+}
+
+/// Sees what leaves.
+#[cgroup_skb(egress)]
+pub fn egress(ctx: SkBuffContext) -> i32 {
+    watch::<EGRESS>(&ctx, u32::MAX);
+    PASS
+}
+
+/// Records a packet, if it is one of ours, with up to `limit_bytes` of its payload.
+#[inline(always)]
+fn watch<const DIRECTION: u8>(ctx: &SkBuffContext, limit_bytes: u32) {
+    match packet::read::<DIRECTION>(ctx) {
+        Packet::Segment(segment) => record::put(ctx, &segment, DIRECTION, limit_bytes),
+        Packet::Other => {}
+        Packet::Malformed => counter::malformed(DIRECTION),
+    }
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // The verifier refuses a program that could come here.
+    loop {}
+}
+
+/// Every helper that is called is open to programs of any licence.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 4] = *b"MIT\0";

@@ -1,0 +1,183 @@
+//! Values by the addresses of a connection, in the order in which they were last used.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+
+/// The addresses of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Peers {
+    pub(super) client: SocketAddr,
+    pub(super) server: SocketAddr,
+}
+
+/// Stands for no slot.
+const NONE: u32 = u32::MAX;
+
+#[derive(Debug)]
+struct Slot<V> {
+    /// `None` while the slot is free.
+    entry: Option<(Peers, V)>,
+    older: u32,
+    newer: u32,
+}
+
+/// Finds a value by its peers, and the one that was not used for longest, at constant cost each.
+#[derive(Debug)]
+pub(super) struct Table<V> {
+    /// Keyed by a hash that peers cannot foresee (the standard library's).
+    index: HashMap<Peers, u32>,
+    slots: Vec<Slot<V>>,
+    free: Vec<u32>,
+    oldest: u32,
+    newest: u32,
+}
+
+impl<V> Table<V> {
+    pub(super) fn new() -> Table<V> {
+        Table {
+            index: HashMap::new(),
+            slots: Vec::new(),
+            free: Vec::new(),
+            oldest: NONE,
+            newest: NONE,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.index.len()
+    }
+
+    /// The slot of these peers.
+    pub(super) fn find(&self, peers: &Peers) -> Option<u32> {
+        self.index.get(peers).copied()
+    }
+
+    pub(super) fn get_mut(&mut self, slot: u32) -> Option<(&Peers, &mut V)> {
+        let (peers, value) = self.slots.get_mut(slot as usize)?.entry.as_mut()?;
+        Some((peers, value))
+    }
+
+    /// The slot that was not used for longest.
+    pub(super) fn oldest(&self) -> Option<u32> {
+        (self.oldest != NONE).then_some(self.oldest)
+    }
+
+    /// The slot that was used next after this one.
+    pub(super) fn newer(&self, slot: u32) -> Option<u32> {
+        let newer = self.slots.get(slot as usize)?.newer;
+        (newer != NONE).then_some(newer)
+    }
+
+    /// Makes it the one that was used last.
+    pub(super) fn touch(&mut self, slot: u32) {
+        if self.newest != slot {
+            self.unlink(slot);
+            self.link(slot);
+        }
+    }
+
+    /// Puts a value in, as the one that was used last. There must be none of these peers.
+    pub(super) fn insert(&mut self, peers: Peers, value: V) -> u32 {
+        let filled = Slot {
+            entry: Some((peers, value)),
+            older: NONE,
+            newer: NONE,
+        };
+        let slot = match self.free.pop() {
+            Some(slot) => {
+                self.slots[slot as usize] = filled;
+                slot
+            }
+            None => {
+                self.slots.push(filled);
+                (self.slots.len() - 1) as u32
+            }
+        };
+        self.index.insert(peers, slot);
+        self.link(slot);
+        slot
+    }
+
+    pub(super) fn remove(&mut self, slot: u32) -> Option<(Peers, V)> {
+        let entry = self.slots.get_mut(slot as usize)?.entry.take()?;
+        self.index.remove(&entry.0);
+        self.unlink(slot);
+        self.free.push(slot);
+        Some(entry)
+    }
+
+    fn link(&mut self, slot: u32) {
+        let older = std::mem::replace(&mut self.newest, slot);
+        self.slots[slot as usize].older = older;
+        self.slots[slot as usize].newer = NONE;
+        match self.slots.get_mut(older as usize) {
+            Some(older) => older.newer = slot,
+            None => self.oldest = slot,
+        }
+    }
+
+    fn unlink(&mut self, slot: u32) {
+        let Slot { older, newer, .. } = self.slots[slot as usize];
+        match self.slots.get_mut(older as usize) {
+            Some(older) => older.newer = newer,
+            None => self.oldest = newer,
+        }
+        match self.slots.get_mut(newer as usize) {
+            Some(newer) => newer.older = older,
+            None => self.newest = older,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn peers(port: u16) -> Peers {
+        let at = |port| SocketAddr::from(([10, 0, 0, 1], port));
+        Peers {
+            client: at(port),
+            server: at(8000),
+        }
+    }
+
+    fn order(table: &mut Table<u16>) -> Vec<u16> {
+        let (mut order, mut next) = (Vec::new(), table.oldest());
+        while let Some(slot) = next {
+            order.push(*table.get_mut(slot).unwrap().1);
+            next = table.newer(slot);
+        }
+        order
+    }
+
+    proptest! {
+        #[test]
+        fn it_does_what_a_list_does(steps in prop::collection::vec((0u8..3, 0u16..8), 0..80)) {
+            let (mut table, mut list) = (Table::new(), Vec::new());
+            for (step, port) in steps {
+                let slot = table.find(&peers(port));
+                prop_assert_eq!(slot.is_some(), list.contains(&port));
+                match (step, slot) {
+                    (0, None) => {
+                        table.insert(peers(port), port);
+                        list.push(port);
+                    }
+                    (1, Some(slot)) => {
+                        table.touch(slot);
+                        list.retain(|other| *other != port);
+                        list.push(port);
+                    }
+                    (2, Some(slot)) => {
+                        prop_assert_eq!(table.remove(slot), Some((peers(port), port)));
+                        prop_assert!(table.get_mut(slot).is_none());
+                        list.retain(|other| *other != port);
+                    }
+                    _ => {}
+                }
+                prop_assert_eq!(&order(&mut table), &list);
+                prop_assert_eq!((table.len(), table.slots.len() <= 8), (list.len(), true));
+            }
+        }
+    }
+}

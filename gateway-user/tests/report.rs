@@ -1,0 +1,526 @@
+//! `vllm-gateway report` as an operator meets it: the real program, against ClickHouse's own engine with rows whose figures were computed by hand.
+//!
+//! These tests need libchdb, which `cargo xtask test` fetches; without it they fail and say so.
+
+mod support;
+
+use clickhouse::Client;
+use serde_json::{Value, json};
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use support::eventually;
+use vllm_gateway::config::{Secret, SpoolConfig};
+use vllm_gateway::store::embedded::{EmbeddedOptions, EmbeddedServer};
+use vllm_gateway::store::migrate::{self, Layout};
+use vllm_gateway::store::{Store, waiting::Waiting};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_vllm-gateway");
+
+/// 2026-11-24T00:00:00Z in microseconds since 1970.
+const MIDNIGHT_US: i64 = 1_795_478_400_000_000;
+
+/// The period of most tests.
+const DAY: [&str; 4] = ["--from", "2026-11-24", "--to", "2026-11-25"];
+
+fn variable(name: &str) -> Option<std::ffi::OsString> {
+    std::env::var_os(name)
+}
+
+fn free_addr() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|socket| socket.local_addr())
+        .expect("a port")
+}
+
+/// An engine with the gateway's schema, a spool, and a config that names both.
+struct Installed {
+    dir: PathBuf,
+    addr: SocketAddr,
+    engine: Option<EmbeddedServer>,
+}
+
+impl Installed {
+    /// Without an engine yet.
+    fn bare(name: &str) -> Installed {
+        let dir = std::env::temp_dir().join(format!("vllm-gateway-report-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&dir).expect("a directory");
+        let installed = Installed {
+            dir,
+            addr: free_addr(),
+            engine: None,
+        };
+        installed.configure("");
+        installed
+    }
+
+    async fn new(name: &str) -> Installed {
+        let mut installed = Installed::bare(name);
+        installed.start_engine(None).await;
+        migrate::migrate(&installed.client(), &layout())
+            .await
+            .expect("a schema");
+        installed
+    }
+
+    async fn start_engine(&mut self, password: Option<&str>) {
+        let options = EmbeddedOptions {
+            program: PROGRAM.into(),
+            listen: self.addr,
+            data_dir: self.dir.join("clickhouse"),
+            libchdb: None,
+            user: password.map(|_| "reader".to_owned()),
+            password: password.map(Secret::new),
+        };
+        let engine = EmbeddedServer::spawn(options, &variable).expect("the engine starts");
+        engine.ready(support::DEADLINE).await.expect("the engine answers");
+        self.engine = Some(engine);
+    }
+
+    fn configure(&self, store: &str) {
+        let config = format!(
+            "spool: {{dir: spool}}\nstore: {{url: embedded, embedded_listen: \"{}\"{store}}}\n",
+            self.addr
+        );
+        std::fs::write(self.dir.join("config.yaml"), config).expect("a file");
+    }
+
+    fn client(&self) -> Client {
+        Client::default().with_url(format!("http://{}", self.addr))
+    }
+
+    async fn run(&self, sql: &str) {
+        let client = self.client().with_database("vllm_attribution");
+        client
+            .query_raw(sql)
+            .execute()
+            .await
+            .unwrap_or_else(|error| panic!("{sql}: {error}"));
+    }
+
+    /// Stores rows as the gateway does, each as a part of its own, so that nothing but FINAL can join doubled ones.
+    async fn store(&self, rows: &[Value]) {
+        self.run("SYSTEM STOP MERGES request_events").await;
+        for row in rows {
+            self.run(&format!("INSERT INTO request_events FORMAT JSONEachRow {row}"))
+                .await;
+        }
+    }
+
+    fn report(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(PROGRAM);
+        command
+            .args(["report", "--config", "config.yaml"])
+            .args(arguments);
+        command
+            .current_dir(&self.dir)
+            .env_clear()
+            .stdin(Stdio::null())
+            .output()
+            .expect("the program starts")
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.report(&[arguments, &["--format", "json"]].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    }
+
+    /// What a report says that cannot be made, and how it exits.
+    fn refused(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let output = self.report(arguments);
+        assert!(output.stdout.is_empty(), "{}", text(&output.stdout));
+        (output.status.code(), text(&output.stderr))
+    }
+
+    async fn finish(mut self) {
+        if let Some(engine) = self.engine.take() {
+            engine.stop().await;
+        }
+    }
+}
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn layout() -> Layout {
+    Layout {
+        database: "vllm_attribution".to_owned(),
+        cluster: None,
+        // The rows of these tests are of a day that will be long ago.
+        raw_ttl_days: 36_500,
+        ledger_ttl_days: 36_500,
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A completed chat of team `a` that ended `end_s` after midnight, with what `more` says.
+fn row(event: &str, end_s: i64, more: Value) -> Value {
+    let mut row = json!({
+        "event_id": event, "team_id": "a", "project": "p", "user_id": "u", "model": "m", "endpoint": "/v1/chat/completions",
+        "duration_us": 2_000_000, "outcome": "completed", "usage_source": "reported"
+    });
+    let (row_map, more) = (
+        row.as_object_mut().expect("an object"),
+        more.as_object().expect("an object").clone(),
+    );
+    row_map.extend(more);
+    let duration_us = row_map["duration_us"].as_i64().expect("a number");
+    row_map.insert(
+        "started_at".to_owned(),
+        (MIDNIGHT_US + end_s * 1_000_000 - duration_us).into(),
+    );
+    row
+}
+
+/// The day: three completed chats of `a` (one row twice), an embedding and an unknown route; of `b` an abort, an error, a refusal, a crash.
+fn day() -> Vec<Value> {
+    let chat = |event: &str, end_s, prompt: u64, ttft_us: u64, duration_us: u64| {
+        let more = json!({
+            "prompt_tokens": prompt, "cached_tokens": 8, "completion_tokens": 10, "ttft_us": ttft_us, "itl_mean_us": ttft_us / 10,
+            "duration_us": duration_us
+        });
+        row(event, end_s, more)
+    };
+    let of_b = |event: &str, outcome: &str, more: Value| {
+        let mut row = row(event, 3600, more);
+        row["team_id"] = "b".into();
+        row["outcome"] = outcome.into();
+        row
+    };
+    let in_batch = |batch: &str, mut row: Value| {
+        row["batch"] = batch.into();
+        row
+    };
+    vec![
+        // Began the day before, and counts where it ended.
+        chat("a1", 1, 100, 10_000, 2_000_000),
+        chat("a2", 600, 200, 20_000, 3_000_000),
+        // In another batch, so that no insert deduplicates it.
+        in_batch("again", chat("a2", 600, 200, 20_000, 3_000_000)),
+        chat("a3", 700, 300, 30_000, 4_000_000),
+        row("a4", 800, json!({"endpoint": "/v1/embeddings", "model": "e", "prompt_tokens": 5, "project": "q", "duration_us": 1000})),
+        // A list of models has no tokens, which is not unknown.
+        row("a5", 900, json!({"endpoint": "/v1/models", "model": "", "usage_source": "none", "duration_us": 1000})),
+        of_b("b1", "aborted", json!({"prompt_tokens": 7, "completion_tokens": 3, "reasoning_tokens": 2, "ttft_us": 40_000})),
+        of_b("b2", "server_error", json!({"usage_source": "none"})),
+        of_b("b3", "refused", json!({"usage_source": "none"})),
+        of_b("b4", "gateway_crash", json!({"usage_source": "none", "duration_us": 0})),
+        // The crash of this one was only inferred, and its own row came later.
+        of_b("b5", "gateway_crash", json!({"usage_source": "none"})),
+        of_b("b5", "completed", json!({"prompt_tokens": 1, "completion_tokens": 1})),
+        // The day before, and the day after, to the microsecond.
+        row("x1", 0, json!({"duration_us": 1})),
+        row("x2", 86_400, json!({"prompt_tokens": 1_000_000})),
+    ]
+    .into_iter()
+    .map(|mut row| {
+        if row["event_id"] == "x1" {
+            row["started_at"] = (MIDNIGHT_US - 2).into();
+        }
+        row
+    })
+    .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn figures_are_those_computed_by_hand_in_all_three_formats_and_doubled_rows_count_once() {
+    let installed = Installed::new("figures").await;
+    installed.store(&day()).await;
+
+    let report = installed.json(&DAY);
+    let team_a = json!({
+        "team": "a", "requests": 5, "ok": 5, "errors": 0, "aborted": 0, "refused": 0,
+        "prompt_tokens": 605, "cached_tokens": 24, "completion_tokens": 30, "reasoning_tokens": null, "unknown_token_requests": 0,
+        "ttft_p50_us": 20_000, "ttft_p95_us": 30_000, "itl_p50_us": 2_000, "itl_p95_us": 3_000, "e2e_p50_us": 2_000_000, "e2e_p95_us": 4_000_000
+    });
+    let team_b = json!({
+        "team": "b", "requests": 5, "ok": 1, "errors": 2, "aborted": 1, "refused": 1,
+        "prompt_tokens": 8, "cached_tokens": null, "completion_tokens": 4, "reasoning_tokens": 2, "unknown_token_requests": 2,
+        "ttft_p50_us": 40_000, "ttft_p95_us": 40_000, "itl_p50_us": null, "itl_p95_us": null, "e2e_p50_us": 2_000_000, "e2e_p95_us": 2_000_000
+    });
+    assert_eq!(report["groups"], json!([team_a, team_b]));
+    let total = &report["total"];
+    for (name, value) in [
+        ("requests", json!(10)),
+        ("ok", json!(6)),
+        ("errors", json!(2)),
+        ("prompt_tokens", json!(613)),
+        ("completion_tokens", json!(34)),
+        ("unknown_token_requests", json!(2)),
+    ] {
+        assert_eq!(total[name], value, "{name} of {total}");
+    }
+    assert_eq!(
+        (&report["from"], &report["to"]),
+        (&json!("2026-11-24T00:00:00Z"), &json!("2026-11-25T00:00:00Z"))
+    );
+
+    let csv = installed.report(&[&DAY[..], &["--format", "csv"]].concat());
+    let lines: Vec<String> = text(&csv.stdout).split("\r\n").map(str::to_owned).collect();
+    assert_eq!(
+        lines[1],
+        "group,a,5,5,0,0,0,605,24,30,,0,20000,30000,2000,3000,2000000,4000000"
+    );
+    assert_eq!(
+        lines[2],
+        "group,b,5,1,2,1,1,8,,4,2,2,40000,40000,,,2000000,2000000"
+    );
+    assert!(
+        lines[3].starts_with("total,,10,6,2,1,1,613,24,34,2,2,"),
+        "{lines:?}"
+    );
+    assert!(
+        text(&csv.stderr).starts_with("unknown, for there is no spool in spool"),
+        "what they lack stands beside them, and unknown is not none"
+    );
+
+    let table = text(&installed.report(&DAY).stdout);
+    let words: Vec<Vec<&str>> = table
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    let (b, all) = (&words[3], &words[4]);
+    assert_eq!(
+        b[..],
+        [
+            "b", "5", "1", "2", "1", "1", "8", "-", "4", "2", "2", "40.0", "40.0", "-", "-", "2000.0",
+            "2000.0"
+        ]
+    );
+    assert_eq!(all[..5], ["=", "all", "10", "6", "2"]);
+    assert!(
+        table.contains("ended from 2026-11-24T00:00:00Z until before 2026-11-25T00:00:00Z"),
+        "{table}"
+    );
+    assert!(table.contains("worked on them: 2."), "{table}");
+    installed.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn groups_are_of_every_combination_and_days_are_those_of_the_end() {
+    let installed = Installed::new("groups").await;
+    installed.store(&day()).await;
+    // No name that a client chooses can be more than a name.
+    let hostile = "'] , (SELECT 1) -- \\ {from_us:Int64} ?";
+    installed
+        .store(&[row(
+            "h",
+            950,
+            json!({"team_id": hostile, "prompt_tokens": 1, "completion_tokens": 1}),
+        )])
+        .await;
+
+    let report = installed.json(&[&DAY[..], &["--by", "team,project,endpoint"]].concat());
+    let found: Vec<(&str, &str, &str, u64)> = report["groups"]
+        .as_array()
+        .expect("groups")
+        .iter()
+        .map(|group| {
+            let name = |key: &str| group[key].as_str().expect("a name");
+            (
+                name("team"),
+                name("project"),
+                name("endpoint"),
+                group["requests"].as_u64().expect("a count"),
+            )
+        })
+        .collect();
+    assert_eq!(
+        found,
+        [
+            (hostile, "p", "/v1/chat/completions", 1),
+            ("a", "p", "/v1/chat/completions", 3),
+            ("a", "p", "/v1/models", 1),
+            ("a", "q", "/v1/embeddings", 1),
+            ("b", "p", "/v1/chat/completions", 5),
+        ]
+    );
+    let days = installed.json(&["--from", "2026-11-23", "--to", "2026-11-26", "--by", "day"]);
+    let found: Vec<(&str, u64)> = days["groups"]
+        .as_array()
+        .expect("groups")
+        .iter()
+        .map(|group| {
+            (
+                group["day"].as_str().expect("a day"),
+                group["requests"].as_u64().expect("a count"),
+            )
+        })
+        .collect();
+    assert_eq!(found, [("2026-11-23", 1), ("2026-11-24", 11), ("2026-11-25", 1)]);
+    // An offset moves the bounds: from 00:05 to 00:12 in UTC there are a2 and a3.
+    let part = installed.json(&[
+        "--from",
+        "2026-11-24T01:05:00+01:00",
+        "--to",
+        "2026-11-24T00:12:00Z",
+        "--by",
+        "user,model",
+    ]);
+    assert_eq!(part["groups"].as_array().map(Vec::len), Some(1));
+    assert_eq!(
+        (&part["groups"][0]["user"], &part["total"]["requests"]),
+        (&json!("u"), &json!(2))
+    );
+    // A period without requests is no error.
+    let empty = installed.json(&["--from", "2020-01-01", "--to", "2020-01-02"]);
+    assert_eq!(
+        (&empty["groups"], &empty["total"]["requests"]),
+        (&json!([]), &json!(0))
+    );
+    assert_eq!(empty["total"]["prompt_tokens"], Value::Null);
+    installed.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_in_the_spool_is_said() {
+    let installed = Installed::new("spool").await;
+    let spool = SpoolConfig {
+        dir: installed.dir.join("spool"),
+        ..SpoolConfig::default()
+    };
+    let store = Store::open(&spool, "gw").expect("a spool");
+    for event in ["e-1", "e-2", "e-3"] {
+        let line = format!("{{\"event_id\":\"{event}\"}}");
+        drop(store.spool().append(line.as_bytes()).expect("room"));
+    }
+    eventually("a batch", async || store.spool().sealed(1).first().cloned()).await;
+    let batch = store.spool().sealed(1)[0].clone();
+    store
+        .spool()
+        .quarantine(&batch, &[1], "a reason")
+        .expect("it is put aside");
+    let waiting = Waiting::below(&spool.dir).expect("it looks").expect("a spool");
+    let report = installed.json(&DAY);
+    assert_eq!(
+        (
+            &report["spool"]["rows"],
+            &report["spool"]["batches"],
+            &report["spool"]["quarantined_rows"]
+        ),
+        (&json!(2), &json!(waiting.batches), &json!(1))
+    );
+    assert!(
+        report["spool"]["oldest_age_s"]
+            .as_f64()
+            .is_some_and(|age_s| age_s < 600.0),
+        "{report}"
+    );
+    let table = text(&installed.report(&DAY).stdout);
+    assert!(
+        table.contains("to be stored: 2 (batches: 1,") && table.contains("in quarantine: 1."),
+        "{table}"
+    );
+    drop(store);
+    installed.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clickhouse_that_is_down_foreign_or_of_another_version_is_said_with_what_to_do() {
+    let mut installed = Installed::bare("down");
+    let url = format!("http://{}", installed.addr);
+    let (code, said) = installed.refused(&DAY);
+    assert_eq!(code, Some(69), "{said}");
+    assert!(
+        said.contains(&url) && said.contains("refused") && said.contains("vllm-gateway run"),
+        "{said}"
+    );
+
+    installed.start_engine(None).await;
+    let (code, said) = installed.refused(&DAY);
+    assert_eq!(code, Some(65), "{said}");
+    assert!(
+        said.contains("vllm_attribution")
+            && said.contains("UNKNOWN_DATABASE")
+            && said.contains("CLICKHOUSE_DATABASE"),
+        "{said}"
+    );
+
+    // Somebody else's database, without our tables.
+    installed
+        .client()
+        .query_raw("CREATE DATABASE vllm_attribution")
+        .execute()
+        .await
+        .expect("it is made");
+    let (code, said) = installed.refused(&DAY);
+    assert_eq!(code, Some(65), "{said}");
+    assert!(said.contains("UNKNOWN_TABLE"), "{said}");
+
+    migrate::migrate(&installed.client(), &layout())
+        .await
+        .expect("a schema");
+    assert_eq!(installed.report(&DAY).status.code(), Some(0));
+    let known = migrate::known_version();
+    installed
+        .run(&format!(
+            "ALTER TABLE schema_migrations DELETE WHERE version = {known} SETTINGS mutations_sync = 1"
+        ))
+        .await;
+    let (code, said) = installed.refused(&DAY);
+    assert_eq!(code, Some(65), "{said}");
+    assert!(
+        said.contains(&format!("version {known}")) && said.contains("older than this program"),
+        "{said}"
+    );
+    installed
+        .run("INSERT INTO schema_migrations (version, name, program) VALUES (1000, 'later', '9.9.9')")
+        .await;
+    let (code, said) = installed.refused(&DAY);
+    assert_eq!(code, Some(65), "{said}");
+    assert!(
+        said.contains("found 1000") && said.contains("at least as new"),
+        "{said}"
+    );
+    installed.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_password_is_said_and_never_shown() {
+    let mut installed = Installed::bare("password");
+    installed.start_engine(Some("the right one")).await;
+    installed.configure(", username: reader, password: \"hunter2\"");
+    let (code, said) = installed.refused(&DAY);
+    assert_eq!(code, Some(77), "{said}");
+    assert!(
+        said.contains("user reader") && said.contains("CLICKHOUSE_PASSWORD") && !said.contains("hunter2"),
+        "{said}"
+    );
+    installed.finish().await;
+}
+
+#[test]
+fn arguments_that_mean_nothing_are_refused_before_anything_is_asked() {
+    let installed = Installed::bare("arguments");
+    for (arguments, expected) in [
+        (&["--from", "yesterday"][..], "RFC 3339"),
+        (&["--from", "2026-11-24T08:00:00"], "offset"),
+        (&["--from", "2026-11-25", "--to", "2026-11-24"], "before --to"),
+        (&["--to", "2026-11-24"], "--from"),
+        (&["--since", "24"], "24"),
+        (&["--since", "0s"], "above 0"),
+        (&["--since", "1h", "--from", "2026-11-24"], "cannot be used with"),
+        (&["--by", "colour"], "endpoint"),
+        (&["--format", "pdf"], "csv"),
+    ] {
+        let (code, said) = installed.refused(arguments);
+        assert_eq!(code, Some(2), "{arguments:?}: {said}");
+        assert!(said.contains(expected), "{arguments:?}: {said}");
+    }
+    std::fs::write(installed.dir.join("config.yaml"), "store: {url: none}\n").expect("a file");
+    let (code, said) = installed.refused(&[]);
+    assert_eq!(code, Some(78), "{said}");
+    assert!(
+        said.contains("store.url is `none`") && said.contains("CLICKHOUSE_URL"),
+        "{said}"
+    );
+    std::fs::write(installed.dir.join("config.yaml"), "stone: {}\n").expect("a file");
+    assert_eq!(installed.refused(&[]).0, Some(78));
+}
