@@ -65,7 +65,7 @@ impl StoreFamilies {
         })
     }
 
-    fn all(&self) -> [&dyn Collector; 20] {
+    fn all(&self) -> [&dyn Collector; 21] {
         [
             &self.spool_bytes,
             &self.spool_files,
