@@ -25,7 +25,7 @@ struct Trial {
     script: &'static str,
 }
 
-const TRIALS: [Trial; 2] = [
+const TRIALS: [Trial; 3] = [
     Trial {
         name: "the gateway starts, and control groups can be had",
         programs: &["vllm-gateway"],
@@ -40,6 +40,12 @@ const TRIALS: [Trial; 2] = [
         programs: &[],
         tests: &["store_kill"],
         script: "store_kill --nocapture\n",
+    },
+    Trial {
+        name: "the probe is taken by the verifier, and sees what passes",
+        programs: &[],
+        tests: &["tap_probe"],
+        script: "mount -t cgroup2 none /sys/fs/cgroup && tap_probe\n",
     },
 ];
 
