@@ -69,7 +69,7 @@ fn main() -> anyhow::Result<()> {
     println!("{fed}");
     wait_until_stored(&counts, WARM_UP + options.events)?;
     println!("{}", json!({"stored_s": began.elapsed().as_secs_f64()}));
-    let dropped: u64 = counts.spool.stats().dropped.iter().sum();
+    let dropped: u64 = counts.events.spool.stats().dropped.iter().sum();
     ensure!(
         dropped == 0,
         "expected every event to be kept, found {dropped} dropped"
@@ -82,11 +82,11 @@ fn main() -> anyhow::Result<()> {
 
 fn wait_until_stored(counts: &StoreCounts, rows: u64) -> anyhow::Result<()> {
     let started = Instant::now();
-    while counts.sender.rows.load(Ordering::Relaxed) < rows {
+    while counts.events.sender.rows.load(Ordering::Relaxed) < rows {
         ensure!(
             started.elapsed() < STORED_WITHIN,
             "expected {rows} rows to be stored, found {:?}",
-            counts.sender.rows
+            counts.events.sender.rows
         );
         std::thread::sleep(POLL);
     }

@@ -405,7 +405,7 @@ async fn what_waits_in_the_spool_is_said() {
             &report["spool"]["batches"],
             &report["spool"]["quarantined_rows"]
         ),
-        (&json!(2), &json!(waiting.batches), &json!(1))
+        (&json!(2), &json!(waiting.events.batches), &json!(1))
     );
     assert!(
         report["spool"]["oldest_age_s"]

@@ -22,6 +22,9 @@ const SEGMENT_BYTES: usize = 64 * 1024;
 /// The journal's first file, one segment that is filled and two that are ready, and as much again.
 const SMALL_DISK: &str = "5m";
 
+/// The rows that are counted here, each of a request.
+const EVENTS: &str = "table=\"request_events\"";
+
 /// As root, the gateway runs as this user: permissions do not bind root.
 const NOBODY: u32 = 65534;
 
@@ -180,12 +183,13 @@ impl Running {
     }
 
     async fn taken(&self) -> usize {
-        self.metric("gateway_spool_rows_total", &[]).await
+        self.metric("gateway_spool_rows_total", &[EVENTS]).await
     }
 
     async fn lost(&self, cause: &str) -> usize {
         let label = format!("cause=\"{cause}\"");
-        self.metric("gateway_spool_dropped_rows_total", &[&label]).await
+        self.metric("gateway_spool_dropped_rows_total", &[EVENTS, &label])
+            .await
     }
 
     /// Waits until the gateway says this in its log, so many times.

@@ -12,10 +12,13 @@ use support::{Sim, eventually, exchange, post};
 use tokio::sync::{Semaphore, watch};
 use vllm_gateway::config::{Config, SpoolConfig};
 use vllm_gateway::store::sender::{Patience, Sender, client, layout};
-use vllm_gateway::store::{Store, WaitCause};
+use vllm_gateway::store::{Store, Table, WaitCause};
 
 const ROWS: &str = "(SELECT count() FROM request_events FINAL)";
 const TWICE: &str = "(SELECT count() - uniqExact(event_id) FROM request_events)";
+
+/// The rows that are counted here, each of a request.
+const EVENTS: &str = "table=\"request_events\"";
 
 /// Requests a second while ClickHouse is away, and for how long.
 const OUTAGE_RATE: usize = 500;
@@ -122,8 +125,9 @@ async fn each_fault_is_named_and_passes_without_a_trace_in_the_sums() {
         .until_metric("gateway_store_repaired_batches_total", &[], 0.0)
         .await;
     until_nothing_waits(&gateway).await;
-    assert_eq!(gateway.metric("gateway_store_rows_total", &[]).await, rows as f64);
-    assert_eq!(gateway.metric("gateway_spool_rows_total", &[]).await, rows as f64);
+    for counted in ["gateway_store_rows_total", "gateway_spool_rows_total"] {
+        assert_eq!(gateway.metric(counted, &[EVENTS]).await, rows as f64, "{counted}");
+    }
     for lost in [
         "gateway_spool_dropped_rows_total",
         "gateway_spool_quarantined_rows_total",
@@ -155,7 +159,7 @@ async fn a_slow_clickhouse_keeps_rows_waiting_and_nobody_else() {
     })
     .await;
     ask(&gateway, "behind", 5).await;
-    gateway.until_metric("gateway_spool_rows", &[], 3.0).await;
+    gateway.until_metric("gateway_spool_rows", &[EVENTS], 3.0).await;
     gateway.until_metric("gateway_spool_bytes", &[], 0.0).await;
     gateway
         .until_metric("gateway_spool_oldest_age_seconds", &[], 0.5)
@@ -191,7 +195,8 @@ async fn an_insert_that_is_given_up_and_arrives_late_counts_once() {
         ..Patience::default()
     };
     let client = client(&config, &format!("http://{}", front.addr));
-    let sender = Sender::new(Arc::clone(store.spool()), client, layout(&config)).with_patience(patience);
+    let sender = Sender::new(Table::Events, Arc::clone(store.spool()), client, layout(&config))
+        .with_patience(patience);
     let stats = sender.stats();
     let (stop, stopped) = watch::channel(false);
     let sending = tokio::spawn(sender.run(stopped));
@@ -236,7 +241,7 @@ async fn a_clickhouse_that_is_missing_or_refuses_the_gateway_is_waited_for() {
     gateway
         .until_metric("gateway_store_retries_total", &["cause=\"access_denied\""], 0.0)
         .await;
-    gateway.until_metric("gateway_spool_rows", &[], 1.0).await;
+    gateway.until_metric("gateway_spool_rows", &[EVENTS], 1.0).await;
     ask(&gateway, "meanwhile", 2).await;
     gateway.stop();
     // Whoever starts it now is told at once.

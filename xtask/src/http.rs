@@ -46,9 +46,19 @@ pub fn get(port: u16, path: &str) -> Result<String> {
 
 /// The sum of a family on a metrics page; 0 when it is not there.
 pub fn sum_of(family: &str, metrics: &str) -> f64 {
+    sum_where(family, "", metrics)
+}
+
+/// The same of the series that are of requests' rows, where a family counts by table.
+pub fn sum_of_events(family: &str, metrics: &str) -> f64 {
+    sum_where(family, "table=\"request_events\"", metrics)
+}
+
+fn sum_where(family: &str, label: &str, metrics: &str) -> f64 {
     let values = metrics.lines().filter_map(|line| {
         let (series, value) = line.rsplit_once(' ')?;
-        (series.split('{').next() == Some(family)).then(|| value.parse::<f64>().ok())?
+        let is_meant = series.split('{').next() == Some(family) && series.contains(label);
+        is_meant.then(|| value.parse::<f64>().ok())?
     });
     values.sum()
 }
@@ -74,6 +84,17 @@ mod tests {
         let request = server.join().expect("a server");
         assert!(request.starts_with("GET /page HTTP/1.0\r\n"), "{request}");
         got
+    }
+
+    #[test]
+    fn a_family_is_summed_over_all_tables_or_over_requests_alone() {
+        let page =
+            "a_total{table=\"request_events\"} 2\na_total{table=\"request_segments\"} 3\na_total_more 9\n";
+        assert_eq!(
+            (sum_of("a_total", page), sum_of_events("a_total", page)),
+            (5.0, 2.0)
+        );
+        assert_eq!(sum_of("b_total", page), 0.0);
     }
 
     #[test]

@@ -132,11 +132,12 @@ fn room(config: &SpoolConfig) -> Check {
     Check::ok("spool", "room", found)
 }
 
-/// Bytes of all gateways' files.
+/// Bytes of all gateways' files, of events and of segments.
 fn waiting(dir: &Path) -> u64 {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten();
     entries(dir)
-        .flat_map(|gateway| entries(&gateway.path()).collect::<Vec<_>>())
+        .flat_map(|gateway| [gateway.path(), gateway.path().join(directory::SEGMENTS_DIR)])
+        .flat_map(|dir| entries(&dir).collect::<Vec<_>>())
         .filter_map(|file| file.metadata().ok().filter(fs::Metadata::is_file))
         .map(|file| file.len())
         .sum()

@@ -3,6 +3,7 @@
 use super::Report;
 use super::column::{COLUMNS, key_names};
 use super::time;
+use crate::store::Backlog;
 use crate::store::figures::Figures;
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
@@ -47,10 +48,18 @@ struct Document {
     spool: SpoolObject,
 }
 
-/// What waits on this host.
+/// What waits on this host: of requests, and of their segments.
 #[derive(Serialize)]
 struct SpoolObject {
     dir: String,
+    #[serde(flatten)]
+    events: BacklogObject,
+    segments: BacklogObject,
+}
+
+/// Unknown as a whole where there is no spool.
+#[derive(Serialize)]
+struct BacklogObject {
     rows: Option<u64>,
     bytes: Option<u64>,
     batches: Option<u64>,
@@ -63,11 +72,20 @@ impl SpoolObject {
         let waiting = report.waiting.as_ref();
         SpoolObject {
             dir: report.spool_dir.display().to_string(),
-            rows: waiting.map(|waiting| waiting.rows),
-            bytes: waiting.map(|waiting| waiting.bytes),
-            batches: waiting.map(|waiting| waiting.batches),
-            oldest_age_s: report.oldest_age_s(),
-            quarantined_rows: waiting.map(|waiting| waiting.quarantined_rows),
+            events: BacklogObject::of(report, waiting.map(|waiting| &waiting.events)),
+            segments: BacklogObject::of(report, waiting.map(|waiting| &waiting.segments)),
+        }
+    }
+}
+
+impl BacklogObject {
+    fn of(report: &Report, backlog: Option<&Backlog>) -> BacklogObject {
+        BacklogObject {
+            rows: backlog.map(|backlog| backlog.rows),
+            bytes: backlog.map(|backlog| backlog.bytes),
+            batches: backlog.map(|backlog| backlog.batches),
+            oldest_age_s: backlog.and_then(|backlog| report.oldest_age_s(backlog)),
+            quarantined_rows: backlog.map(|backlog| backlog.quarantined_rows),
         }
     }
 }
@@ -116,7 +134,10 @@ mod tests {
         assert!(value["total"]["team"].is_null() && value["total"]["requests"] == 12);
         assert_eq!(
             value["spool"],
-            json!({"dir": "spool", "rows": 3, "bytes": 99, "batches": 1, "oldest_age_s": 2.5, "quarantined_rows": 2})
+            json!({
+                "dir": "spool", "rows": 3, "bytes": 99, "batches": 1, "oldest_age_s": 2.5, "quarantined_rows": 2,
+                "segments": {"rows": 5, "bytes": 70, "batches": 1, "oldest_age_s": 0.5, "quarantined_rows": 0}
+            })
         );
         let at = |name: &str| text.find(name).expect("it is there");
         assert!(

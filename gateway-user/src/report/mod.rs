@@ -16,8 +16,8 @@ mod time;
 use crate::cli::ConfigSource;
 use crate::config::{Config, EXIT_CONFIG, Env};
 use crate::store::StoreError;
-use crate::store::Waiting;
 use crate::store::figures::{Dimension, FiguresReader, GroupedFigures, Period, ReadError};
+use crate::store::{Backlog, Waiting};
 use clap::{Args, ValueEnum};
 use period::{Moment, PeriodError};
 use std::io::{self, Write};
@@ -184,25 +184,30 @@ impl Report {
                 "unknown, for there is no spool in {dir}: ask on the gateway's host, in its directory, or set spool.dir (SPOOL_DIR)"
             );
         };
-        let Waiting {
+        let (events, segments) = (self.said(&waiting.events), self.said(&waiting.segments));
+        format!(
+            "rows that wait in {dir} to be stored: {events}. Segments of requests, of which costs are made: {segments}"
+        )
+    }
+
+    fn said(&self, backlog: &Backlog) -> String {
+        let Backlog {
             rows,
             bytes,
             batches,
             quarantined_rows,
             ..
-        } = waiting;
-        let oldest = match self.oldest_age_s() {
+        } = backlog;
+        let oldest = match self.oldest_age_s(backlog) {
             Some(age_s) => format!(", the oldest for {age_s:.1} s"),
             None => String::new(),
         };
-        format!(
-            "rows that wait in {dir} to be stored: {rows} (batches: {batches}, bytes: {bytes}){oldest}; in quarantine: {quarantined_rows}"
-        )
+        format!("{rows} (batches: {batches}, bytes: {bytes}){oldest}; in quarantine: {quarantined_rows}")
     }
 
     /// How long the oldest batch has been waiting.
-    fn oldest_age_s(&self) -> Option<f64> {
-        let since = self.waiting.as_ref()?.oldest_at_us?;
+    fn oldest_age_s(&self, backlog: &Backlog) -> Option<f64> {
+        let since = backlog.oldest_at_us?;
         Some(self.now_us.saturating_sub(since).max(0) as f64 / 1e6)
     }
 }
@@ -251,11 +256,20 @@ mod tests {
             },
             spool_dir: "spool".into(),
             waiting: Some(Waiting {
-                rows: 3,
-                bytes: 99,
-                batches: 1,
-                oldest_at_us: Some(1_000_000),
-                quarantined_rows: 2,
+                events: Backlog {
+                    rows: 3,
+                    bytes: 99,
+                    batches: 1,
+                    oldest_at_us: Some(1_000_000),
+                    quarantined_rows: 2,
+                },
+                segments: Backlog {
+                    rows: 5,
+                    bytes: 70,
+                    batches: 1,
+                    oldest_at_us: Some(3_000_000),
+                    quarantined_rows: 0,
+                },
             }),
             now_us: 3_500_000,
         }
@@ -266,12 +280,14 @@ mod tests {
         let mut report = report();
         assert_eq!(
             report.lacks(),
-            "rows that wait in spool to be stored: 3 (batches: 1, bytes: 99), the oldest for 2.5 s; in quarantine: 2"
+            "rows that wait in spool to be stored: 3 (batches: 1, bytes: 99), the oldest for 2.5 s; in quarantine: 2. Segments of \
+             requests, of which costs are made: 5 (batches: 1, bytes: 70), the oldest for 0.5 s; in quarantine: 0"
         );
         report.waiting = Some(Waiting::default());
         assert_eq!(
             report.lacks(),
-            "rows that wait in spool to be stored: 0 (batches: 0, bytes: 0); in quarantine: 0"
+            "rows that wait in spool to be stored: 0 (batches: 0, bytes: 0); in quarantine: 0. Segments of requests, of which costs are made: 0 \
+             (batches: 0, bytes: 0); in quarantine: 0"
         );
         report.waiting = None;
         assert!(report.lacks().contains("unknown") && report.lacks().contains("SPOOL_DIR"));

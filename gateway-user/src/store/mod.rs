@@ -1,7 +1,8 @@
 //! Where rows are kept, and how they get to ClickHouse.
 //!
-//! Requests end in the [spool](Store), on disk, and that is all they wait for. The [sender](sender::Sender) takes batches from there to ClickHouse, each
-//! once; what describes only a moment goes through [queues](queue) in memory. The [service](service::StoreService) is all of it while a gateway runs.
+//! Requests end in the [spool](Store), on disk, and so do their segments; that is all they wait for. A [sender](sender::Sender) for each [`Table`] takes
+//! batches from there to ClickHouse, each once; what describes only a moment goes through [queues](queue) in memory. The
+//! [service](service::StoreService) is all of it while a gateway runs.
 
 pub mod embedded;
 mod exception;
@@ -12,8 +13,10 @@ pub mod queue;
 pub mod sender;
 pub mod service;
 pub(crate) mod spool;
+mod table;
 mod windows;
 
 pub use exception::WaitCause;
-pub use spool::waiting::Waiting;
+pub use spool::waiting::{Backlog, Waiting};
 pub use spool::{Batch, BatchId, DropCause, Spool, SpoolStats, Store, StoreError, Ticket};
+pub use table::Table;

@@ -5,14 +5,15 @@
 //! is sent again; some, and the missing ones are sent. What ClickHouse refuses for good is halved until the row that it refuses stands alone, and is
 //! put aside. Everything else is tried again for ever, more and more slowly.
 //!
-//! A batch is acknowledged when the windows have it too. An insert in one piece takes care of that by itself; after anything else the
-//! windows of the batch are [written again](super::windows) from its rows.
+//! A batch of events is acknowledged when the windows have it too. An insert in one piece takes care of that by itself; after anything else
+//! the windows of the batch are [written again](super::windows) from its rows. Segments have a sender of their own, so that neither holds the
+//! other up, and are in no windows.
 
 use super::exception::{Verdict, WaitCause, reason_of, verdict};
-use super::lines::Lines;
+use super::lines::{Lines, key_sql};
 use super::migrate::{self, Layout, MigrateError};
-use super::windows::{self, Contents, ROWS_OF_BATCH};
-use super::{Batch, Spool};
+use super::windows::{self, Contents, ROWS_OF_BATCH, SEGMENTS_OF_BATCH};
+use super::{Batch, Spool, Table};
 use crate::config::StoreConfig;
 use bytes::Bytes;
 use clickhouse::{Client, Compression, error::Error};
@@ -80,8 +81,9 @@ impl Default for Patience {
     }
 }
 
-/// Stores the batches of one spool.
+/// Stores the batches of one spool, whose rows are of one table.
 pub struct Sender {
+    table: Table,
     spool: Arc<Spool>,
     client: Client,
     layout: Layout,
@@ -114,9 +116,10 @@ pub fn layout(config: &StoreConfig) -> Layout {
 }
 
 impl Sender {
-    /// A sender of what `spool` seals, to the ClickHouse behind `client`.
-    pub fn new(spool: Arc<Spool>, client: Client, layout: Layout) -> Sender {
+    /// A sender of what `spool` seals, rows of `table`, to the ClickHouse behind `client`.
+    pub fn new(table: Table, spool: Arc<Spool>, client: Client, layout: Layout) -> Sender {
         Sender {
+            table,
             spool,
             client,
             layout,
@@ -176,7 +179,7 @@ impl Sender {
             };
             match outcome {
                 Ok(()) => {
-                    backoff.end();
+                    backoff.end(self.table);
                     backoff = Backoff::default();
                 }
                 Err(Failure::Migrate(error @ MigrateError::TooNew { .. })) => {
@@ -190,7 +193,7 @@ impl Sender {
                     }
                     ready &= !error.wants_schema();
                     self.stats.waits(error.cause());
-                    backoff.report(&error);
+                    backoff.report(self.table, &error);
                     tokio::select! {
                         () = sleep(backoff.next()) => {}
                         () = told(&mut stop) => return Ok(()),
@@ -233,13 +236,13 @@ impl Sender {
     /// Stores one batch; `in_doubt` when rows of it may be there.
     async fn store(&self, batch: &Arc<Batch>, in_doubt: bool) -> Result<(), Failure> {
         let text = tokio::fs::read(&batch.path).await.map_err(Failure::File)?;
-        let lines = Lines::of(Bytes::from(text));
+        let lines = Lines::of(self.table, Bytes::from(text));
         let name = batch.id.to_string();
         let mut token = name.clone();
         let mut rows: Vec<usize> = (0..lines.len()).collect();
         if in_doubt {
             let there = self.stored(&name, lines.contents(0..lines.len())).await?;
-            rows.retain(|at| !there.contains(lines.event_id(*at)));
+            rows.retain(|at| !there.contains(&*lines.key(*at)));
             if rows.is_empty() {
                 self.rewrite_windows(&name, &lines, &[]).await?;
                 self.stats.found.fetch_add(1, Ordering::Relaxed);
@@ -302,6 +305,7 @@ impl Sender {
         self.rewrite_windows(&token, lines, &refused).await?;
         let reason = reason_of(error);
         tracing::error!(
+            table = self.table.name(),
             batch = token,
             rows = refused.len(),
             reason,
@@ -325,7 +329,7 @@ impl Sender {
     async fn insert(&self, text: Bytes, token: &str) -> Result<(), Error> {
         let client = self.database_client();
         let mut insert = client
-            .insert_formatted_with("INSERT INTO request_events FORMAT JSONEachRow")
+            .insert_formatted_with(format!("INSERT INTO {} FORMAT JSONEachRow", self.table.name()))
             .with_timeouts(Some(self.patience.send), Some(self.patience.answer))
             .with_setting("insert_deduplication_token", token)
             .with_setting("deduplicate_blocks_in_dependent_materialized_views", "1")
@@ -337,21 +341,29 @@ impl Sender {
         insert.end().await
     }
 
-    /// The events of a batch that are stored.
+    /// The keys of the rows of a batch that are stored.
     async fn stored(&self, batch: &str, contents: Contents) -> Result<HashSet<String>, Failure> {
         let client = self.database_client();
-        let statement = format!("SELECT DISTINCT event_id FROM request_events WHERE {ROWS_OF_BATCH}");
+        let rows = match self.table {
+            Table::Events => ROWS_OF_BATCH,
+            Table::Segments => SEGMENTS_OF_BATCH,
+        };
+        let (key, table) = (key_sql(self.table), self.table.name());
+        let statement = format!("SELECT DISTINCT {key} FROM {table} WHERE {rows}");
         let query = client
             .query_raw(&statement)
             .param("batch", batch)
             .param("from_us", contents.from_us)
             .param("to_us", contents.to_us);
-        let ids = self.answered(query.fetch_all::<String>()).await?;
-        Ok(ids.into_iter().collect())
+        let keys = self.answered(query.fetch_all::<String>()).await?;
+        Ok(keys.into_iter().collect())
     }
 
-    /// Makes the windows of a batch what its rows are, of which some are `refused`.
+    /// Makes the windows of a batch what its rows are, of which some are `refused`. Segments are in none.
     async fn rewrite_windows(&self, batch: &str, lines: &Lines, refused: &[usize]) -> Result<(), Failure> {
+        if self.table == Table::Segments {
+            return Ok(());
+        }
         let stored = (0..lines.len()).filter(|at| !refused.contains(at));
         let contents = lines.contents(stored);
         self.answered(windows::rewrite(&self.database_client(), batch, contents))
@@ -416,21 +428,26 @@ impl Backoff {
         wait.mul_f64(rand::random_range(0.875..1.125))
     }
 
-    fn report(&self, error: &Failure) {
+    fn report(&self, table: Table, error: &Failure) {
+        let table = table.name();
         let (cause, advice) = (error.cause().name(), error.cause().advice());
         match self.failures {
-            0 => tracing::warn!(%error, cause, advice, "rows wait in the spool; trying again"),
+            0 => tracing::warn!(%error, table, cause, advice, "rows wait in the spool; trying again"),
             n if n % 10 == 0 => {
-                tracing::warn!(%error, cause, advice, failures = n, "rows still wait in the spool")
+                tracing::warn!(%error, table, cause, advice, failures = n, "rows still wait in the spool")
             }
-            _ => tracing::debug!(%error, cause, "rows wait in the spool"),
+            _ => tracing::debug!(%error, table, cause, "rows wait in the spool"),
         }
     }
 
     /// Says that it is over, to whoever was told that it had begun.
-    fn end(&self) {
+    fn end(&self, table: Table) {
         if self.failures > 0 {
-            tracing::info!(failures = self.failures, "ClickHouse takes rows again");
+            tracing::info!(
+                table = table.name(),
+                failures = self.failures,
+                "ClickHouse takes rows again"
+            );
         }
     }
 }

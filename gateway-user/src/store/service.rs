@@ -6,7 +6,7 @@
 use super::embedded::{EmbeddedOptions, EmbeddedServer};
 use super::queue::{RowQueue, RowSender};
 use super::sender::{self, Sender, SenderStats};
-use super::{Spool, Store, StoreError};
+use super::{Spool, Store, StoreError, Table};
 use crate::books::Outlets;
 use crate::config::{Config, StoreConfig, StoreUrl};
 use crate::event::{EventSink, TimingSink};
@@ -30,7 +30,8 @@ pub struct StoreService {
     samples: Arc<RowQueue>,
     timings: Arc<RowQueue>,
     config: StoreConfig,
-    sender: Sender,
+    events: Sender,
+    segments: Sender,
 }
 
 /// A store that sends.
@@ -52,13 +53,23 @@ impl StoreService {
         let gateway = config.gateway.id_or_host_name();
         let store = Arc::new(Store::open(&config.spool, gateway.as_str())?);
         let client = sender::client(&config.store, &url);
-        let sender = Sender::new(Arc::clone(store.spool()), client, sender::layout(&config.store));
+        let layout = sender::layout(&config.store);
+        let sender = |table| {
+            Sender::new(
+                table,
+                Arc::clone(store.spool_of(table)),
+                client.clone(),
+                layout.clone(),
+            )
+        };
+        let (events, segments) = (sender(Table::Events), sender(Table::Segments));
         Ok(Some(StoreService {
             store,
             samples: Arc::new(RowQueue::of("vllm_system_metrics")),
             timings: Arc::new(RowQueue::of("tap_timings")),
             config: config.store.clone(),
-            sender,
+            events,
+            segments,
         }))
     }
 
@@ -74,10 +85,17 @@ impl StoreService {
     /// What there is to count.
     pub fn counts(&self) -> StoreCounts {
         StoreCounts {
-            spool: Arc::clone(self.store.spool()),
-            sender: self.sender.stats(),
+            events: self.counts_of(&self.events, Table::Events),
+            segments: self.counts_of(&self.segments, Table::Segments),
             samples: Arc::clone(&self.samples),
             timings: Arc::clone(&self.timings),
+        }
+    }
+
+    fn counts_of(&self, sender: &Sender, table: Table) -> TableCounts {
+        TableCounts {
+            spool: Arc::clone(self.store.spool_of(table)),
+            sender: sender.stats(),
         }
     }
 
@@ -88,7 +106,8 @@ impl StoreService {
             samples,
             timings,
             config,
-            sender,
+            events,
+            segments,
         } = self;
         let (stop, stopped) = watch::channel(false);
         let task = tokio::spawn(async move {
@@ -96,14 +115,14 @@ impl StoreService {
                 StoreUrl::Embedded => start_engine(&config, program, variable).await,
                 _ => None,
             };
-            let samples = RowSender::new(samples, sender.database_client());
-            let timings = RowSender::new(timings, sender.database_client());
-            let rows = async {
-                if let Err(error) = sender.run(stopped.clone()).await {
-                    tracing::error!(%error, "nothing is stored; rows wait in the spool");
-                }
-            };
-            tokio::join!(rows, samples.run(stopped.clone()), timings.run(stopped.clone()));
+            let samples = RowSender::new(samples, events.database_client());
+            let timings = RowSender::new(timings, events.database_client());
+            tokio::join!(
+                send(events, stopped.clone()),
+                send(segments, stopped.clone()),
+                samples.run(stopped.clone()),
+                timings.run(stopped.clone())
+            );
             if let Some(engine) = engine {
                 engine.stop().await;
             }
@@ -125,13 +144,28 @@ impl RunningStore {
     }
 }
 
-/// The numbers of a store, for metrics.
+async fn send(sender: Sender, stopped: watch::Receiver<bool>) {
+    if let Err(error) = sender.run(stopped).await {
+        tracing::error!(%error, "nothing is stored; rows wait in the spool");
+    }
+}
+
+/// The numbers of one table, for metrics.
 #[derive(Clone)]
-pub struct StoreCounts {
+pub struct TableCounts {
     /// The spool.
     pub spool: Arc<Spool>,
     /// What was sent.
     pub sender: Arc<SenderStats>,
+}
+
+/// The numbers of a store, for metrics.
+#[derive(Clone)]
+pub struct StoreCounts {
+    /// Requests.
+    pub events: TableCounts,
+    /// Their segments.
+    pub segments: TableCounts,
     /// Samples that wait.
     pub samples: Arc<RowQueue>,
     /// Times of other gateways' requests that wait.

@@ -12,7 +12,8 @@ pub(super) const COLUMNS: &str = include_str!("../../../sql/window_columns.sql")
 /// What there is of a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Contents {
-    /// When its first and its last request began, microseconds since 1970: rows are sorted by that, so that they are found by it.
+    /// When its first and its last request began, or the first and the last window of its segments, microseconds since 1970: rows are sorted
+    /// by that, so that they are found by it.
     pub from_us: i64,
     /// See there.
     pub to_us: i64,
@@ -20,9 +21,13 @@ pub struct Contents {
     pub rolled_up: u64,
 }
 
-/// Where the rows of a batch are.
+/// Where the rows of a batch of requests are.
 pub(super) const ROWS_OF_BATCH: &str = "batch = {batch:String} AND started_at BETWEEN fromUnixTimestamp64Micro({from_us:Int64}) \
                                         AND fromUnixTimestamp64Micro({to_us:Int64})";
+
+/// Where those of a batch of segments are.
+pub(super) const SEGMENTS_OF_BATCH: &str = "batch = {batch:String} AND window_start BETWEEN fromUnixTimestamp64Micro({from_us:Int64}) \
+                                            AND fromUnixTimestamp64Micro({to_us:Int64})";
 
 /// Writes the windows of `batch`. `client` has the database set.
 ///

@@ -11,7 +11,7 @@ use super::children::{Ready, Service};
 use super::ports::Ports;
 use super::state::StateDir;
 use super::{duration, prometheus};
-use crate::http::sum_of;
+use crate::http::{sum_of, sum_of_events};
 
 /// How long anything but the gateway may take to end. None has work that must be finished.
 const GRACE: Duration = Duration::from_secs(5);
@@ -154,7 +154,7 @@ impl Plan<'_> {
     /// stored, its row.
     pub fn load(&self, rate_per_s: f64, stores: bool) -> Service {
         let has_ended: fn(&str) -> bool = |metrics| sum_of("gateway_requests_total", metrics) > 0.0;
-        let is_stored: fn(&str) -> bool = |metrics| sum_of("gateway_store_rows_total", metrics) > 0.0;
+        let is_stored: fn(&str) -> bool = |metrics| sum_of_events("gateway_store_rows_total", metrics) > 0.0;
         let says = if stores { is_stored } else { has_ended };
         let endpoints = "chat=6,completions=3,embeddings=1";
         self.clients("load", self.ports.gateway(), endpoints, rate_per_s, says)
@@ -262,8 +262,8 @@ mod tests {
             ports: Ports::from_base(8000),
             tap: false,
         };
-        let ended = "# TYPE gateway_requests_total counter\ngateway_requests_total{team=\"a b\"} 1\ngateway_store_rows_total 0\n";
-        let stored = ended.replace("rows_total 0", "rows_total 3");
+        let ended = "# TYPE gateway_requests_total counter\ngateway_requests_total{team=\"a b\"} 1\ngateway_store_rows_total{table=\"request_events\"} 0\n";
+        let stored = ended.replace("\"} 0", "\"} 3");
         let none = ended.replace(" 1", " 0");
         let (says, says_stored) = (
             plan.load(15.0, false).ready.says,

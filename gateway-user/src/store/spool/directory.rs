@@ -13,6 +13,9 @@ const LOCK_FILE: &str = "lock";
 /// Where rows go that cannot be stored.
 pub const QUARANTINE_DIR: &str = "quarantine";
 
+/// Where the rows of `request_segments` wait, within a gateway's directory, under whose lock they are.
+pub const SEGMENTS_DIR: &str = "segments";
+
 /// How long a start waits for the lock: a predecessor may still be closing, and a neighbour holds it for a moment while it looks for
 /// files that were left behind.
 const LOCK_WAIT: Duration = Duration::from_secs(3);
@@ -129,7 +132,7 @@ impl Listing {
                 Some((id, Kind::Open)) => listing.open.push(id),
                 Some((id, Kind::Begins)) => listing.begins.push(id),
                 Some((id, Kind::Unfinished)) => listing.unfinished.push(id),
-                None if name == LOCK_FILE || name == QUARANTINE_DIR => {}
+                None if name == LOCK_FILE || name == QUARANTINE_DIR || name == SEGMENTS_DIR => {}
                 None => listing.foreign.push(name.to_string_lossy().into_owned()),
             }
         }

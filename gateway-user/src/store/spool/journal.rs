@@ -46,6 +46,8 @@ pub struct Journal {
     dirty: AtomicBool,
     /// Whether the last file could not be made: the keeper tries again, requests do not.
     stuck: AtomicBool,
+    /// Whether there is one at all.
+    is_kept: bool,
 }
 
 #[derive(Default)]
@@ -81,16 +83,31 @@ impl Journal {
             sequence: 1,
             gateway: gateway.into(),
         };
-        let journal = Journal {
+        let journal = Journal::unopened(dir, id, true);
+        journal.grow(0)?;
+        Ok(journal)
+    }
+
+    /// None, for rows whose coming nobody announces: it has no file, and takes no note.
+    pub fn none() -> Journal {
+        let id = BatchId {
+            boot: 0,
+            sequence: 0,
+            gateway: "".into(),
+        };
+        Journal::unopened(PathBuf::new(), id, false)
+    }
+
+    fn unopened(dir: PathBuf, id: BatchId, is_kept: bool) -> Journal {
+        Journal {
             dir,
             id,
             table: Mutex::default(),
             missed: AtomicU64::new(0),
             dirty: AtomicBool::new(false),
             stuck: AtomicBool::new(false),
-        };
-        journal.grow(0)?;
-        Ok(journal)
+            is_kept,
+        }
     }
 
     /// Takes note of a request, or of what is new about one that is noted.
@@ -169,7 +186,7 @@ impl Journal {
             let table = lock(&self.table);
             (table.files.len(), table.free.len())
         };
-        if free < SLOTS_SPARE_MIN {
+        if self.is_kept && free < SLOTS_SPARE_MIN {
             self.grow(files)
         } else {
             Ok(())

@@ -33,13 +33,13 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts the thread.
+    /// Starts the thread under this name.
     ///
     /// # Errors
     /// When the system gives no thread.
-    pub fn start(spool: &Arc<Spool>) -> io::Result<Keeper> {
+    pub fn start(spool: &Arc<Spool>, name: &str) -> io::Result<Keeper> {
         let stop = Arc::new(AtomicBool::new(false));
-        let thread = Builder::new().name("spool".into()).spawn({
+        let thread = Builder::new().name(name.into()).spawn({
             let (spool, stop) = (Arc::clone(spool), Arc::clone(&stop));
             move || keep(&spool, &stop)
         })?;

@@ -12,9 +12,14 @@
 //! * **A row is in one batch, and says which.** Batches are files of one JSON object a line, exactly what is sent. Their names,
 //!   `gateway/boot/sequence`, are never used twice. A file is deleted when it is acknowledged and not before.
 //! * **What cannot be sent is put aside**, in `quarantine/`, with its reason: torn rows, and rows that the store refuses.
+//! * **Segments are kept as events are.** What the ledger is told of a request is in a spool of its own, in the directory `segments/`
+//!   within the gateway's, before the request's own row is in its spool; so who saw a response end finds both. Its batches are called
+//!   `gateway~segments/boot/sequence`. There is no journal of them: a request that a crash cut off has the segments of the windows that
+//!   were over, and `gateway_crash` as its event.
 //! * **Requests never wait for accounting**, but for `fsync: each`, which is asking for it. Without room rows are lost by the policy
 //!   `spool.when_full`, counted by cause. The default, `drop_newest`, never gives up what was once kept: it keeps whole batches whole,
-//!   also the one that is being sent. `drop_oldest` is for those to whom this hour matters more than the last.
+//!   also the one that is being sent. `drop_oldest` is for those to whom this hour matters more than the last. `spool.max_bytes` bounds
+//!   both spools together: each takes what it needs, neither has a part for itself, and what goes is the oldest of either.
 //!
 //! # What a power loss takes
 //!
@@ -25,14 +30,15 @@
 //!   same event win over such a one).
 //! * `interval`: rows that ended within the last `fsync_interval`, plus the time of one flush, or of two when a file is sealed just
 //!   then. A request whose end was taken, but whose begin was flushed, comes up as `gateway_crash`.
-//! * `each`: nothing whose end a client saw, if the caller waits for the [`Ticket`]. Begins are flushed at the interval.
+//! * `each`: nothing whose end a client saw, segments included, if the caller waits until it is [settled](EventSink::settled). Begins are flushed at the interval.
 //!
 //! Rows are validated when they are read back, since a power loss can leave zeros in place of any page.
 //!
 //! # What it leaves out
 //!
 //! Nothing here knows ClickHouse, or sends anything. The journal does not count against `spool.max_bytes`: it is bounded by the
-//! requests in flight. Directories are locked with `flock`, which some network file systems do not share between machines.
+//! requests in flight. An event and its segments are not one commit: for a while the store can have the one without the others, and a
+//! power loss can take either. Directories are locked with `flock`, which some network file systems do not share between machines.
 
 pub(crate) mod directory;
 mod journal;
@@ -54,14 +60,20 @@ pub use rows::{Spool, Ticket};
 pub use sealed::Batch;
 pub use stats::{DropCause, SpoolStats};
 
+use super::Table;
 use crate::config::SpoolConfig;
 use crate::event::{Begin, EventSink, RequestEvent, Settled};
-use directory::DirLock;
+use crate::ledger::SegmentRow;
+use directory::{DirLock, SEGMENTS_DIR};
 use journal::Journal;
 use keeper::Keeper;
+use names::writer_of_segments;
+use recover::CountersOfBoth;
+use serde::Serialize;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use supply::Room;
 
 /// Row buffers that are kept: more than there are threads that could want one at a time.
 const BUFFERS_MAX: usize = 64;
@@ -108,11 +120,12 @@ impl StoreError {
     }
 }
 
-/// The sink that keeps every request. When it is dropped, what it holds is sealed.
+/// The sink that keeps every request, and its segments. When it is dropped, what it holds is sealed.
 pub struct Store {
     spool: Arc<Spool>,
+    segments: Arc<Spool>,
     buffers: Mutex<Vec<Vec<u8>>>,
-    _keeper: Keeper,
+    _keepers: [Keeper; 2],
 }
 
 impl Store {
@@ -123,20 +136,32 @@ impl Store {
     /// # Errors
     /// [`StoreError`]. Nothing is lost then.
     pub fn open(config: &SpoolConfig, gateway: &str) -> Result<Store, StoreError> {
-        let spool = Arc::new(open_spool(config, gateway)?);
+        let (spool, segments) = open_spools(config, gateway)?;
+        let (spool, segments) = (Arc::new(spool), Arc::new(segments));
         // Before the first request comes, so that it finds a segment.
         spool.supply.fill();
-        let keeper = Keeper::start(&spool).map_err(StoreError::Thread)?;
+        segments.supply.fill();
+        let keeper = |spool, name| Keeper::start(spool, name).map_err(StoreError::Thread);
+        let keepers = [keeper(&spool, "spool")?, keeper(&segments, "spool-segments")?];
         Ok(Store {
             spool,
+            segments,
             buffers: Mutex::default(),
-            _keeper: keeper,
+            _keepers: keepers,
         })
     }
 
-    /// Where the rows are.
+    /// Where the rows of requests are.
     pub fn spool(&self) -> &Arc<Spool> {
         &self.spool
+    }
+
+    /// Where the rows of a table are.
+    pub fn spool_of(&self, table: Table) -> &Arc<Spool> {
+        match table {
+            Table::Events => &self.spool,
+            Table::Segments => &self.segments,
+        }
     }
 
     /// Keeps the end of a request.
@@ -145,11 +170,15 @@ impl Store {
     /// Why its row is lost; that is counted already.
     pub fn keep(&self, event: &RequestEvent) -> Result<Ticket, DropCause> {
         let slot = self.spool.journal.ended(&event.event_id);
+        self.with_line(event, |line| self.spool.append_end(line, slot))
+    }
+
+    fn with_line<T>(&self, row: &impl Serialize, keep: impl FnOnce(&[u8]) -> T) -> T {
         let mut line = lock(&self.buffers).pop().unwrap_or_default();
         line.clear();
-        // An event is texts and numbers: there is nothing in it that JSON cannot say. If there were, the row would be refused.
-        let _ = serde_json::to_writer(&mut line, event);
-        let kept = self.spool.append_end(&line, slot);
+        // A row is texts and numbers: there is nothing in it that JSON cannot say. If there were, the row would be refused.
+        let _ = serde_json::to_writer(&mut line, row);
+        let kept = keep(&line);
         let mut buffers = lock(&self.buffers);
         if buffers.len() < BUFFERS_MAX {
             buffers.push(line);
@@ -168,23 +197,48 @@ impl EventSink for Store {
         let _ = self.keep(event);
     }
 
+    fn segment(&self, row: &SegmentRow<'_>) {
+        // Counted and logged where it happens; the request's end waits for this row too.
+        drop(self.with_line(row, |line| self.segments.append(line)));
+    }
+
     fn settled(&self) -> Option<Settled> {
-        let ticket = self.spool.unsettled()?;
-        Some(Box::pin(ticket.durable()))
+        match (self.segments.unsettled(), self.spool.unsettled()) {
+            (None, None) => None,
+            (Some(ticket), None) | (None, Some(ticket)) => Some(Box::pin(ticket.durable())),
+            (Some(segments), Some(events)) => Some(Box::pin(async {
+                segments.durable().await;
+                events.durable().await;
+            })),
+        }
     }
 }
 
-/// Everything but the thread.
-fn open_spool(config: &SpoolConfig, gateway: &str) -> Result<Spool, StoreError> {
+/// Everything but the threads: the spools of events and of segments.
+fn open_spools(config: &SpoolConfig, gateway: &str) -> Result<(Spool, Spool), StoreError> {
     let dir = config.dir.join(gateway);
-    let dir_lock = DirLock::acquire(&dir)?;
-    let counters = Arc::default();
+    let dir_lock = Arc::new(DirLock::acquire(&dir)?);
+    let segments_dir = dir.join(SEGMENTS_DIR);
+    std::fs::create_dir_all(&segments_dir)
+        .map_err(|source| StoreError::io("create", &segments_dir, source))?;
+    let counters = CountersOfBoth::default();
     let segment_bytes = config.segment_bytes.as_len();
     recover::adopt(&config.dir, &dir, segment_bytes, &counters)?;
-    let recovered = recover::recover(&dir, gateway, segment_bytes, &counters)?;
+    let recovered = recover::recover(&dir, gateway, segment_bytes, &counters.events)?;
     let journal = Journal::create(dir.clone(), gateway, recovered.next.boot);
     let journal = journal.map_err(|source| StoreError::io("make a journal in", &dir, source))?;
-    Ok(Spool::new(config, dir_lock, recovered, journal))
+    let writer = writer_of_segments(gateway);
+    let segments = recover::recover(&segments_dir, &writer, segment_bytes, &counters.segments)?;
+    let room = Room::new(config.max_bytes.bytes(), config.when_full);
+    let spool = Spool::new(
+        config,
+        Arc::clone(&dir_lock),
+        recovered,
+        journal,
+        Arc::clone(&room),
+    );
+    let segments = Spool::new(config, dir_lock, segments, Journal::none(), room);
+    Ok((spool, segments))
 }
 
 /// A lock that a panicking thread leaves usable: what it protects is changed in single steps.
@@ -196,10 +250,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::testing::{TempDir, begin};
     use super::*;
-    use crate::config::{ByteSize, Fsync};
+    use crate::config::{ByteSize, Fsync, WhenFull};
     use crate::event::{CapturedBy, Context};
+    use crate::ledger::facts::Work;
+    use crate::ledger::{Micros, Span, Window};
     use crate::wire::At;
     use crate::wire::exchange::{Ending, Facts};
+    use std::time::Instant;
 
     fn config(dir: &TempDir, fsync: Fsync) -> SpoolConfig {
         let segment_bytes = ByteSize::from_kib(64);
@@ -233,6 +290,26 @@ mod tests {
             Facts::unread(At(0), At(5_000), Ending::Complete),
             CapturedBy::Proxy,
         )
+    }
+
+    /// A segment of this event, in the window that begins so many seconds after 1970.
+    fn segment(event_id: &str, window_s: u64) -> SegmentRow<'_> {
+        let from = Micros(window_s * 1_000_000);
+        SegmentRow {
+            window_start: Window::at(from),
+            upstream: "chat",
+            event_id,
+            team_id: "team-a",
+            project: "",
+            model: "llama",
+            run: Span::new(from, Micros(from.0 + 1_000)),
+            work: Work::default(),
+            gateway_id: "gw",
+        }
+    }
+
+    fn batches_of(store: &Store, table: Table) -> Vec<Arc<Batch>> {
+        store.spool_of(table).sealed(usize::MAX)
     }
 
     fn rows(spool: &Spool) -> Vec<serde_json::Value> {
@@ -317,6 +394,123 @@ mod tests {
             (&crash["started_at"], &crash["status_code"]),
             (&1_700_000_000_000_000_i64.into(), &0.into())
         );
+    }
+
+    #[test]
+    fn segments_that_a_client_could_know_of_are_there_after_a_kill_under_names_of_their_own() {
+        let dir = TempDir::new();
+        let store = Store::open(&config(&dir, Fsync::Interval), "gw").expect("it opens");
+        store.segment(&segment("gw-1", 15));
+        store.segment(&segment("gw-1", 30));
+        store.record(&ended("gw-1"));
+        let killed = dir.copy();
+        drop(store);
+        let store = Store::open(&config(&killed, Fsync::Interval), "gw").expect("it opens");
+        let segments = rows(store.spool_of(Table::Segments));
+        let batch = &batches_of(&store, Table::Segments)[0];
+        assert!(batch.id.to_string().starts_with("gw~segments/"), "{}", batch.id);
+        let expected = [15, 30].map(|window_s| {
+            let mut row = serde_json::to_value(segment("gw-1", window_s)).expect("JSON");
+            row["batch"] = batch.id.to_string().into();
+            row
+        });
+        assert_eq!(segments, expected);
+        assert_eq!(rows(store.spool()).len(), 1);
+        assert_eq!(store.spool_of(Table::Segments).stats().crashed, 0);
+    }
+
+    #[test]
+    fn torn_segments_are_put_aside_and_those_of_a_gateway_that_is_no_more_are_taken_over() {
+        let dir = TempDir::new();
+        let store = Store::open(&config(&dir, Fsync::Off), "old-host").expect("it opens");
+        store.segment(&segment("old-1", 15));
+        store.segment(&segment("old-2", 15));
+        drop(store);
+        let batch = &dir.files_ending(".jsonl")[0];
+        let text = std::fs::read_to_string(batch).expect("it is there");
+        std::fs::write(batch, &text[..text.len() - 9]).expect("it is written");
+        let store = Store::open(&config(&dir, Fsync::Off), "gw").expect("it opens");
+        let (segments, events) = (store.spool_of(Table::Segments), store.spool());
+        assert_eq!(rows(segments)[0]["event_id"], "old-1");
+        assert_eq!((segments.stats().rows, segments.stats().torn), (1, 1));
+        assert_eq!((events.stats().rows, events.stats().torn), (0, 0));
+        let taken = &batches_of(&store, Table::Segments)[0];
+        assert_eq!(&*taken.id.gateway, "old-host~segments");
+        assert!(taken.path.starts_with(dir.path().join("gw/segments")));
+        let aside = std::fs::read_dir(dir.path().join("old-host/segments/quarantine"));
+        assert_eq!(aside.expect("a directory").count(), 1);
+    }
+
+    #[tokio::test]
+    async fn under_each_an_end_waits_for_its_segments_too() {
+        let dir = TempDir::new();
+        let store = Store::open(&config(&dir, Fsync::Each), "gw").expect("it opens");
+        store.segment(&segment("gw-1", 15));
+        store.record(&ended("gw-1"));
+        if let Some(settled) = store.settled() {
+            settled.await;
+        }
+        for table in Table::ALL {
+            assert_eq!(*store.spool_of(table).durable.borrow(), 1, "{table:?}");
+        }
+    }
+
+    /// Both spools with files of 4 KiB and room for eight, which nobody tends but the test.
+    fn narrow(dir: &TempDir, when_full: WhenFull) -> [Spool; 2] {
+        let config = SpoolConfig {
+            segment_bytes: ByteSize::from_kib(4),
+            max_bytes: ByteSize::from_kib(4 * 8),
+            when_full,
+            ..config(dir, Fsync::Off)
+        };
+        open_spools(&config, "gw").expect("it opens").into()
+    }
+
+    /// Appends a row that fills a file, and seals it.
+    fn append_file(spool: &Spool, id: &str) -> Result<(), DropCause> {
+        let row = format!("{{\"event_id\":\"{id}\",\"pad\":\"{}\"}}", "x".repeat(3900));
+        spool.append(row.as_bytes()).map(drop)?;
+        spool.retire(Instant::now(), true);
+        assert!(spool.seal_full());
+        Ok(())
+    }
+
+    #[test]
+    fn events_and_segments_share_one_limit_and_what_is_lost_is_counted_where_it_was() {
+        let dir = TempDir::new();
+        let [events, segments] = narrow(&dir, WhenFull::DropNewest);
+        for number in 0..6 {
+            append_file(&segments, &format!("s-{number}")).expect("there is room");
+        }
+        append_file(&events, "e-0").expect("there is room");
+        // Sealed files are a little smaller than 4 KiB each, and not by as much as a file in all.
+        append_file(&events, "e-1").expect("there is room");
+        assert_eq!(append_file(&events, "e-2"), Err(DropCause::SpoolFull));
+        assert_eq!(append_file(&segments, "s-6"), Err(DropCause::SpoolFull));
+        let used = [&events, &segments].map(|spool| spool.stats().bytes);
+        assert!(used[0] < used[1] && used[0] + used[1] <= 4 * 8 * 1024, "{used:?}");
+        for spool in [&events, &segments] {
+            assert_eq!(spool.stats().dropped_by(DropCause::SpoolFull), 1);
+        }
+        let stored = segments.sealed(1)[0].clone();
+        segments.acknowledge(&stored).expect("it is deleted");
+        events.supply.fill();
+        append_file(&events, "e-3").expect("room of the one is room of the other");
+    }
+
+    #[test]
+    fn what_gives_way_is_the_oldest_of_both() {
+        let dir = TempDir::new();
+        let [events, segments] = narrow(&dir, WhenFull::DropOldest);
+        for number in 0..8 {
+            append_file(&segments, &format!("s-{number}")).expect("there is room");
+        }
+        append_file(&events, "e-0").expect("the oldest makes room");
+        append_file(&events, "e-1").expect("the oldest makes room");
+        let evicted = [&events, &segments].map(|spool| spool.stats().dropped_by(DropCause::Evicted));
+        assert_eq!(evicted, [0, 2]);
+        assert_eq!(segments.sealed(1)[0].id.sequence, 3);
+        assert_eq!([&events, &segments].map(|spool| spool.stats().files), [2, 6]);
     }
 
     #[test]

@@ -49,6 +49,12 @@ impl Kind {
     }
 }
 
+/// Under which name a gateway writes segments. Those of gateways hold no `~`, so that no batch of segments is called as one of events is,
+/// here or at another gateway.
+pub fn writer_of_segments(gateway: &str) -> String {
+    format!("{gateway}~segments")
+}
+
 impl BatchId {
     /// The name without its extension.
     pub fn stem(&self) -> String {
@@ -89,7 +95,7 @@ mod tests {
 
     #[test]
     fn a_name_tells_its_batch_whatever_the_gateway_is_called() {
-        for gateway in ["gw", "gw-1.example.org", "a.b-c", "0.1-2"] {
+        for gateway in ["gw", "gw-1.example.org", "a.b-c", "0.1-2", "gw~segments"] {
             let id = BatchId {
                 boot: 0x0190_1234_5678,
                 sequence: 7,

@@ -5,9 +5,9 @@
 //! that is killed is simply repeated by the next one. Nobody can store and delete a batch before recovery is through.
 
 use super::StoreError;
-use super::directory::{self, DirLock, Listing};
+use super::directory::{self, DirLock, Listing, SEGMENTS_DIR};
 use super::journal::{self, Unended};
-use super::names::{BatchId, Kind, row_prefix};
+use super::names::{BatchId, Kind, row_prefix, writer_of_segments};
 use super::scan::{self, Scan};
 use super::sealed::Batch;
 use super::stats::Counters;
@@ -37,6 +37,13 @@ pub struct Recovered {
     pub next: BatchId,
     /// What was found is counted here.
     pub counters: Arc<Counters>,
+}
+
+/// What is counted of each table.
+#[derive(Default)]
+pub struct CountersOfBoth {
+    pub events: Arc<Counters>,
+    pub segments: Arc<Counters>,
 }
 
 /// Settles the directory of `gateway`, which the caller has locked. New batches have at most `segment_bytes`.
@@ -98,7 +105,7 @@ pub fn adopt(
     spool_dir: &Path,
     own: &Path,
     segment_bytes: usize,
-    counters: &Arc<Counters>,
+    counters: &CountersOfBoth,
 ) -> Result<(), StoreError> {
     let entries = fs::read_dir(spool_dir).map_err(|source| StoreError::io("read", spool_dir, source))?;
     for entry in entries {
@@ -111,23 +118,32 @@ pub fn adopt(
         else {
             continue;
         };
-        if let Err(error) = take_over(&dir, own, segment_bytes, counters) {
+        let Some(gateway) = dir.file_name().and_then(|name| name.to_str()) else {
+            continue;
+        };
+        let segments = dir.join(SEGMENTS_DIR);
+        let taken = take_over(&dir, own, gateway, segment_bytes, &counters.events).and_then(|()| {
+            if !segments.is_dir() {
+                return Ok(());
+            }
+            let (own, writer) = (own.join(SEGMENTS_DIR), writer_of_segments(gateway));
+            take_over(&segments, &own, &writer, segment_bytes, &counters.segments)
+        });
+        if let Err(error) = taken {
             tracing::warn!(dir = %dir.display(), %error, "what another gateway left in the spool stays there for now");
         }
     }
     Ok(())
 }
 
-/// Settles one such directory, which the caller has locked.
+/// Settles one such directory, whose gateway's lock the caller has.
 fn take_over(
     dir: &Path,
     own: &Path,
+    gateway: &str,
     segment_bytes: usize,
     counters: &Arc<Counters>,
 ) -> Result<(), StoreError> {
-    let Some(gateway) = dir.file_name().and_then(|name| name.to_str()) else {
-        return Ok(());
-    };
     let recovered = recover(dir, gateway, segment_bytes, counters)?;
     for batch in &recovered.batches {
         let to = own.join(batch.id.file_name(Kind::Sealed));

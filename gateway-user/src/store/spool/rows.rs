@@ -11,7 +11,7 @@ use super::recover::Recovered;
 use super::sealed::{Batch, SealedBatches};
 use super::segment::Segment;
 use super::stats::{Counters, DropCause, SpoolStats};
-use super::supply::{Fresh, Limits, Supply};
+use super::supply::{Fresh, Room, Supply};
 use crate::config::{Fsync, SpoolConfig};
 use std::collections::VecDeque;
 use std::io;
@@ -36,7 +36,7 @@ pub struct Spool {
     pub(super) keeper: OnceLock<Thread>,
     /// The longest row that fits into an empty segment.
     fields_bytes_max: usize,
-    _lock: DirLock,
+    _lock: Arc<DirLock>,
 }
 
 /// What the requests of all threads share, under one short lock.
@@ -94,18 +94,20 @@ impl Ticket {
 
 impl Spool {
     /// A spool in a directory that was recovered; nobody seals what it takes in until a keeper does.
-    pub(super) fn new(config: &SpoolConfig, lock: DirLock, recovered: Recovered, journal: Journal) -> Spool {
+    pub(super) fn new(
+        config: &SpoolConfig,
+        lock: Arc<DirLock>,
+        recovered: Recovered,
+        journal: Journal,
+        room: Arc<Room>,
+    ) -> Spool {
         let Recovered {
             dir,
             batches,
             next,
             counters,
         } = recovered;
-        let limits = Limits {
-            segment_bytes: config.segment_bytes.as_len(),
-            max_bytes: config.max_bytes.bytes(),
-            when_full: config.when_full,
-        };
+        let segment_bytes = config.segment_bytes.as_len();
         // The largest sequence has the longest prefix; one byte is the line's end.
         let longest = row_prefix(&BatchId {
             sequence: u64::MAX,
@@ -113,14 +115,13 @@ impl Spool {
         })
         .len()
             + 1;
-        let used_bytes = batches.iter().map(|batch| batch.bytes).sum();
         let sealed = Arc::new(SealedBatches::default());
         batches.into_iter().for_each(|batch| sealed.put(batch));
         let supply = Supply::new(
             &dir,
             next,
-            limits,
-            used_bytes,
+            segment_bytes,
+            room,
             Arc::clone(&sealed),
             Arc::clone(&counters),
         );
@@ -134,7 +135,7 @@ impl Spool {
             journal,
             durable: watch::Sender::new(0),
             keeper: OnceLock::new(),
-            fields_bytes_max: limits.segment_bytes.saturating_sub(longest),
+            fields_bytes_max: segment_bytes.saturating_sub(longest),
             _lock: lock,
         }
     }

@@ -52,6 +52,13 @@ impl SealedBatches {
         lock(&self.waiting).values().take(count_max).cloned().collect()
     }
 
+    /// When the oldest was sealed; `None` when there is none.
+    pub fn oldest_at_us(&self) -> Option<i64> {
+        lock(&self.waiting)
+            .first_key_value()
+            .map(|(_, batch)| batch.sealed_at_us)
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         lock(&self.waiting).len()

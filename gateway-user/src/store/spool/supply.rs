@@ -1,8 +1,8 @@
 //! Segments ready to be filled, within the spool's limit.
 //!
 //! A segment counts against `spool.max_bytes` in full from the moment it is made, so that a row that finds a segment has its room for
-//! certain. When there is no room for another one, the policy decides: under `drop_newest` there is none, under `drop_oldest` the oldest
-//! sealed files go. Once making one has failed, requests do not try again by themselves: only the keeper does, so that a full disk costs
+//! certain. The limit is one for all tables of a gateway, and none has a part of it reserved. When there is no room for another segment, the
+//! policy decides: under `drop_newest` there is none, under `drop_oldest` the oldest sealed files go, of whichever table. Once making one has failed, requests do not try again by themselves: only the keeper does, so that a full disk costs
 //! each of them a look at a flag.
 
 use super::lock;
@@ -26,15 +26,20 @@ pub struct Fresh {
     pub segment: Segment,
 }
 
-/// What bounds the spool.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Size of each segment.
-    pub segment_bytes: usize,
-    /// Size of all.
-    pub max_bytes: u64,
-    /// What happens then.
-    pub when_full: WhenFull,
+/// The room that the spools of a gateway share: each takes what it needs, until nothing is left for either.
+pub struct Room {
+    max_bytes: u64,
+    when_full: WhenFull,
+    used_bytes: AtomicU64,
+    tenants: Mutex<Vec<Arc<Tenant>>>,
+}
+
+/// A spool, as far as the other one has to do with it.
+struct Tenant {
+    sealed: Arc<SealedBatches>,
+    counters: Arc<Counters>,
+    /// What it has of the room.
+    used_bytes: AtomicU64,
 }
 
 /// Makes segments and keeps some ready.
@@ -42,37 +47,105 @@ pub struct Supply {
     dir: PathBuf,
     gateway: Box<str>,
     boot: u64,
-    limits: Limits,
+    segment_bytes: usize,
+    room: Arc<Room>,
+    tenant: Arc<Tenant>,
     /// The next sequence. Held while a segment is made, so that segments come into use in the order of their sequences.
     maker: Mutex<u64>,
     spares: Mutex<VecDeque<Fresh>>,
     blocked: Mutex<Option<DropCause>>,
-    used_bytes: AtomicU64,
-    sealed: Arc<SealedBatches>,
-    counters: Arc<Counters>,
+}
+
+impl Room {
+    /// All of it free.
+    pub fn new(max_bytes: u64, when_full: WhenFull) -> Arc<Room> {
+        Arc::new(Room {
+            max_bytes,
+            when_full,
+            used_bytes: AtomicU64::new(0),
+            tenants: Mutex::default(),
+        })
+    }
+
+    /// Takes `wanted` bytes for `tenant`, by the policy.
+    fn claim(&self, tenant: &Tenant, wanted: u64) -> Result<(), (DropCause, Option<io::Error>)> {
+        let fits = |used: u64| used.checked_add(wanted).filter(|sum| *sum <= self.max_bytes);
+        while self
+            .used_bytes
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, fits)
+            .is_err()
+        {
+            if self.when_full == WhenFull::DropNewest || !self.evict()? {
+                return Err((DropCause::SpoolFull, None));
+            }
+        }
+        tenant.used_bytes.fetch_add(wanted, Ordering::AcqRel);
+        Ok(())
+    }
+
+    fn release(&self, tenant: &Tenant, bytes: u64) {
+        tenant.used_bytes.fetch_sub(bytes, Ordering::AcqRel);
+        self.used_bytes.fetch_sub(bytes, Ordering::AcqRel);
+    }
+
+    /// Gives up the oldest file, whosever it is. False when there is none.
+    fn evict(&self) -> Result<bool, (DropCause, Option<io::Error>)> {
+        let oldest_of = |tenant: &Arc<Tenant>| Some((tenant.sealed.oldest_at_us()?, Arc::clone(tenant)));
+        let oldest = lock(&self.tenants)
+            .iter()
+            .filter_map(oldest_of)
+            .min_by_key(|(at_us, _)| *at_us);
+        let Some((_, tenant)) = oldest else {
+            return Ok(false);
+        };
+        let Some(batch) = tenant.sealed.remove_oldest() else {
+            // Stored meanwhile, so that there is room.
+            return Ok(true);
+        };
+        match std::fs::remove_file(&batch.path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                let cause = cause_of(&error);
+                tenant.sealed.put((*batch).clone());
+                return Err((cause, Some(error)));
+            }
+        }
+        self.release(&tenant, batch.bytes);
+        tenant.counters.dropped(DropCause::Evicted, batch.rows);
+        Ok(true)
+    }
 }
 
 impl Supply {
-    /// A supply whose first segment will have the id `next`, in a directory where sealed files have `used_bytes` already.
+    /// A supply of segments of so many bytes whose first one will have the id `next`, in a directory where `sealed` waits already.
     pub fn new(
         dir: &Path,
         next: BatchId,
-        limits: Limits,
-        used_bytes: u64,
+        segment_bytes: usize,
+        room: Arc<Room>,
         sealed: Arc<SealedBatches>,
         counters: Arc<Counters>,
     ) -> Supply {
+        let waiting_bytes = sealed.oldest(usize::MAX).iter().map(|batch| batch.bytes).sum();
+        let tenant = Arc::new(Tenant {
+            sealed,
+            counters,
+            used_bytes: AtomicU64::new(waiting_bytes),
+        });
+        // Also past the limit: what was once kept stays.
+        room.used_bytes.fetch_add(waiting_bytes, Ordering::AcqRel);
+        lock(&room.tenants).push(Arc::clone(&tenant));
         Supply {
             dir: dir.to_owned(),
             gateway: next.gateway,
             boot: next.boot,
-            limits,
+            segment_bytes,
+            room,
+            tenant,
             maker: Mutex::new(next.sequence),
             spares: Mutex::default(),
             blocked: Mutex::new(None),
-            used_bytes: AtomicU64::new(used_bytes),
-            sealed,
-            counters,
         }
     }
 
@@ -87,7 +160,7 @@ impl Supply {
         if let Some(cause) = self.blocked() {
             return Err(cause);
         }
-        self.counters.spare_misses.fetch_add(1, Ordering::Relaxed);
+        self.tenant.counters.spare_misses.fetch_add(1, Ordering::Relaxed);
         let mut next = lock(&self.maker);
         // The keeper may have made one while this waited for it.
         if let Some(spare) = lock(&self.spares).pop_front() {
@@ -116,14 +189,14 @@ impl Supply {
         self.blocked().is_none() || !lock(&self.spares).is_empty()
     }
 
-    /// Bytes that count against the limit.
+    /// Bytes of this spool that count against the limit.
     pub fn used_bytes(&self) -> u64 {
-        self.used_bytes.load(Ordering::Acquire)
+        self.tenant.used_bytes.load(Ordering::Acquire)
     }
 
     /// Gives room back.
     pub fn release(&self, bytes: u64) {
-        self.used_bytes.fetch_sub(bytes, Ordering::AcqRel);
+        self.room.release(&self.tenant, bytes);
     }
 
     /// Removes the segments that nobody came to use.
@@ -131,14 +204,15 @@ impl Supply {
         for spare in lock(&self.spares).drain(..) {
             // One that stays behind is empty, and the next start removes it.
             let _ = std::fs::remove_file(spare.segment.path());
-            self.release(self.limits.segment_bytes as u64);
+            self.release(self.segment_bytes as u64);
         }
     }
 
     fn make(&self, next: &mut u64) -> Result<Fresh, DropCause> {
-        let made = self.reserve().and_then(|()| {
+        let claimed = self.room.claim(&self.tenant, self.segment_bytes as u64);
+        let made = claimed.and_then(|()| {
             self.create(*next).map_err(|error| {
-                self.release(self.limits.segment_bytes as u64);
+                self.release(self.segment_bytes as u64);
                 let cause = cause_of(&error);
                 (cause, Some(error))
             })
@@ -168,54 +242,13 @@ impl Supply {
             sequence,
             gateway: self.gateway.clone(),
         };
-        let segment = Segment::create(
-            &self.dir.join(id.file_name(Kind::Open)),
-            self.limits.segment_bytes,
-        )?;
+        let segment = Segment::create(&self.dir.join(id.file_name(Kind::Open)), self.segment_bytes)?;
         Ok(Fresh { id, segment })
-    }
-
-    /// Claims room for a segment, by the policy.
-    fn reserve(&self) -> Result<(), (DropCause, Option<io::Error>)> {
-        let wanted = self.limits.segment_bytes as u64;
-        let fits = |used: u64| {
-            used.checked_add(wanted)
-                .filter(|sum| *sum <= self.limits.max_bytes)
-        };
-        while self
-            .used_bytes
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, fits)
-            .is_err()
-        {
-            if self.limits.when_full == WhenFull::DropNewest || !self.evict()? {
-                return Err((DropCause::SpoolFull, None));
-            }
-        }
-        Ok(())
-    }
-
-    /// Gives up the oldest file. False when there is none.
-    fn evict(&self) -> Result<bool, (DropCause, Option<io::Error>)> {
-        let Some(batch) = self.sealed.remove_oldest() else {
-            return Ok(false);
-        };
-        match std::fs::remove_file(&batch.path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => {
-                let cause = cause_of(&error);
-                self.sealed.put((*batch).clone());
-                return Err((cause, Some(error)));
-            }
-        }
-        self.release(batch.bytes);
-        self.counters.dropped(DropCause::Evicted, batch.rows);
-        Ok(true)
     }
 
     fn complain(&self, cause: DropCause, error: Option<&io::Error>) {
         let dir = self.dir.display();
-        let limit = self.limits.max_bytes;
+        let limit = self.room.max_bytes;
         match error {
             None => tracing::error!(
                 %dir, limit,

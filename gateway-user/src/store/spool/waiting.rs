@@ -3,7 +3,7 @@
 //! Looks at the files only, so that it disturbs no gateway and needs none. What it sees is of one moment: files come and go while it looks.
 
 use super::StoreError;
-use super::directory::{Listing, QUARANTINE_DIR};
+use super::directory::{Listing, QUARANTINE_DIR, SEGMENTS_DIR};
 use super::names::{BatchId, Kind};
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,6 +16,15 @@ const PIECE_BYTES: usize = 256 << 10;
 /// Rows that ClickHouse does not have, as far as this host knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Waiting {
+    /// Those of requests.
+    pub events: Backlog,
+    /// Those of their segments, of which costs are made.
+    pub segments: Backlog,
+}
+
+/// Such rows of one table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
     /// Rows that wait to be stored.
     pub rows: u64,
     /// Their bytes.
@@ -39,12 +48,18 @@ impl Waiting {
         };
         let mut waiting = Waiting::default();
         for dir in dirs.iter().filter(|dir| dir.is_dir()) {
-            waiting.add_gateway(dir)?;
+            waiting.events.add(dir)?;
+            let segments = dir.join(SEGMENTS_DIR);
+            if segments.is_dir() {
+                waiting.segments.add(&segments)?;
+            }
         }
         Ok(Some(waiting))
     }
+}
 
-    fn add_gateway(&mut self, dir: &Path) -> Result<(), StoreError> {
+impl Backlog {
+    fn add(&mut self, dir: &Path) -> Result<(), StoreError> {
         let listing = Listing::of(dir)?;
         let sealed = listing.sealed.iter().map(|id| (id, Kind::Sealed));
         let open = listing.open.iter().map(|id| (id, Kind::Open));
@@ -132,7 +147,7 @@ fn entries(dir: &Path) -> Result<Option<Vec<PathBuf>>, StoreError> {
 #[cfg(test)]
 mod tests {
     use super::super::testing::TempDir;
-    use super::super::{Store, directory};
+    use super::super::{Store, Table, directory};
     use super::*;
     use crate::config::{ByteSize, SpoolConfig};
 
@@ -170,7 +185,8 @@ mod tests {
             segment_bytes: ByteSize::from_kib(64),
             ..SpoolConfig::default()
         };
-        let before = Waiting::below(dir.path()).expect("it looks").expect("a spool");
+        let of_both = || Waiting::below(dir.path()).expect("it looks").expect("a spool");
+        let before = of_both().events;
         assert_eq!(
             (before.rows, before.bytes, before.batches, before.quarantined_rows),
             (4, 32, 2, 3)
@@ -179,7 +195,10 @@ mod tests {
         // Beside it one that runs, with a row; its spare segments are no batches.
         let store = Store::open(&config, "living").expect("it opens");
         drop(store.spool().append(b"{\"event_id\":\"e\"}").expect("room"));
-        let after = Waiting::below(dir.path()).expect("it looks").expect("a spool");
-        assert_eq!((after.rows, after.batches), (5, 3));
+        let segments = store.spool_of(Table::Segments);
+        drop(segments.append(b"{\"window_start\":15}").expect("room"));
+        let after = of_both();
+        assert_eq!((after.events.rows, after.events.batches), (5, 3));
+        assert_eq!((after.segments.rows, after.segments.batches), (1, 1));
     }
 }

@@ -46,12 +46,12 @@ pub fn measure(site: &Site<'_>, minutes: u32, rate_per_s: u32) -> Result<Value> 
     let seen = Seen::of(&summary)?;
     let after = (served.gateway.cpu_time()?, engine.cpu_time()?);
     let deadline = Instant::now() + STORED_WITHIN;
-    while served.counted("gateway_store_rows_total")? < seen.requests as f64 {
+    while served.counted_events("gateway_store_rows_total")? < seen.requests as f64 {
         ensure!(
             Instant::now() < deadline,
             "expected {} rows to be stored, found {}",
             seen.requests,
-            served.counted("gateway_store_rows_total")?
+            served.counted_events("gateway_store_rows_total")?
         );
         thread::sleep(TICK);
     }

@@ -141,6 +141,17 @@ impl Served {
     pub fn counted(&self, family: &str) -> Result<f64> {
         Ok(http::sum_of(family, &http::get(self.admin.port(), "/metrics")?))
     }
+
+    /// The same of the rows of requests, one each.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn counted_events(&self, family: &str) -> Result<f64> {
+        Ok(http::sum_of_events(
+            family,
+            &http::get(self.admin.port(), "/metrics")?,
+        ))
+    }
 }
 
 impl Seen {

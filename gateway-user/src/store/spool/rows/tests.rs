@@ -4,7 +4,7 @@ mod model;
 
 use super::super::names::Kind;
 use super::super::testing::{TempDir, begin};
-use super::super::{open_spool, scan};
+use super::super::{open_spools, scan};
 use super::*;
 use crate::config::{ByteSize, WhenFull};
 use std::fs;
@@ -23,7 +23,12 @@ fn config(dir: &Path) -> SpoolConfig {
 }
 
 fn open(config: &SpoolConfig) -> Spool {
-    open_spool(config, "gw").expect("it opens")
+    open_of("gw", config)
+}
+
+/// The spool of events of a gateway.
+fn open_of(gateway: &str, config: &SpoolConfig) -> Spool {
+    open_spools(config, gateway).expect("it opens").0
 }
 
 fn row(id: &str, padding: usize) -> Vec<u8> {
@@ -416,7 +421,7 @@ fn a_row_that_is_lost_is_counted_and_does_not_come_back_as_a_crash() {
 #[test]
 fn what_another_gateway_left_is_taken_over_unless_it_is_in_use() {
     let dir = TempDir::new();
-    let left = open_spool(&config(dir.path()), "old-host").expect("it opens");
+    let left = open_of("old-host", &config(dir.path()));
     append(&left, "old-1", 1);
     left.journal.begin(&begin("old-2"));
     let ours = open(&config(dir.path()));
@@ -444,7 +449,7 @@ fn what_another_gateway_left_and_cannot_be_read_keeps_nobody_from_starting() {
         segment_bytes: ByteSize::from_kib(64),
         ..config(dir.path())
     };
-    let spool = open_spool(&other, "other").expect("it opens");
+    let spool = open_of("other", &other);
     append(&spool, "other-1", 1);
     seal(&spool);
     drop(spool);
