@@ -25,6 +25,9 @@ const SMALL_DISK: &str = "5m";
 /// The rows that are counted here, each of a request.
 const EVENTS: &str = "table=\"request_events\"";
 
+/// What it says of these when it can keep them again; segments have a directory of their own.
+const WELL_AGAIN: &str = r#""the spool takes rows again","dir":"spool/gw""#;
+
 /// As root, the gateway runs as this user: permissions do not bind root.
 const NOBODY: u32 = 65534;
 
@@ -305,7 +308,7 @@ async fn on_a_full_disk_requests_go_on_and_rows_are_lost_only_when_nothing_is_le
         "the last segment was filled before anything was lost: {taken} rows"
     );
     fs::remove_file(&ballast).expect("it is there");
-    gateway.says("the spool takes rows again", 1).await;
+    gateway.says(WELL_AGAIN, 1).await;
     gateway.serve(3).await;
     assert_eq!(gateway.taken().await, taken + 3);
     assert_eq!(gateway.lost("disk_full").await, lost);
@@ -345,7 +348,7 @@ async fn a_directory_that_turns_read_only_loses_rows_by_that_cause_and_heals() {
     assert_eq!(taken + lost, sent);
     assert!(gateway.metric("gateway_spool_disk_failures_total", &[]).await > 0);
     fs::set_permissions(&own, Permissions::from_mode(0o755)).expect("it is there");
-    gateway.says("the spool takes rows again", 1).await;
+    gateway.says(WELL_AGAIN, 1).await;
     gateway.serve(3).await;
     assert_eq!(gateway.lost("read_only").await, lost);
     gateway.sealed(&own, taken + 3).await;

@@ -31,9 +31,10 @@ const UNEQUAL: &str = "(SELECT count() FROM (SELECT event_id, ifNull(engine_prom
      WHERE event_id NOT IN (SELECT event_id FROM request_events FINAL WHERE outcome = 'gateway_crash') GROUP BY event_id) AS part \
      USING event_id WHERE (event.prompt, event.cached, event.completion) != (part.prompt, part.cached, part.completion))";
 
-/// Events of requests that ran and have no segment, and segments of requests that did not run.
+/// Events of requests that ran and have no segment, and segments of requests that did not run. One that was never sent has no time that
+/// the gateway took to send it.
 const RAN_OR_NOT: &str = "(SELECT countIf(outcome != 'gateway_crash' AND (event_id IN (SELECT event_id FROM request_segments)) != \
-     (outcome NOT IN ('refused', 'unreachable') AND status_code < 400)) FROM request_events FINAL)";
+     (gateway_overhead_us IS NOT NULL AND outcome NOT IN ('refused', 'unreachable') AND status_code < 400)) FROM request_events FINAL)";
 
 /// Segments that lie about their window, their request or their batch.
 const CROOKED: &str = "(SELECT countIf(toUnixTimestamp(window_start) % 15 != 0 OR run_start > run_end OR run_start < window_start \
