@@ -1,11 +1,12 @@
 //! A gateway's store under `kill -9`: whatever was said to be kept is there afterwards, once.
 //!
 //! The test starts itself as the process that is killed. That one begins and ends requests on several threads, says on standard output
-//! what it was promised (`begun ID`, `kept ID`), and plays the sender: it takes batches away into another directory and acknowledges
+//! what it was promised (`begun ID`, `kept ID`, whose segment it told before), and plays the sender: it takes batches away into another directory and acknowledges
 //! them. It is killed at a random moment, also in the middle of the recovery from the last kill.
 
 use rand::Rng;
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,7 +14,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use vllm_gateway::config::{ByteSize, Fsync, SpoolConfig};
 use vllm_gateway::event::{Begin, CapturedBy, Context, EventSink, RequestEvent};
-use vllm_gateway::store::Store;
+use vllm_gateway::ledger::facts::Work;
+use vllm_gateway::ledger::{Micros, SegmentRow, Span, Window};
+use vllm_gateway::store::{Store, Table};
 use vllm_gateway::wire::At;
 use vllm_gateway::wire::exchange::{Ending, Facts};
 
@@ -35,7 +38,9 @@ fn what_was_kept_is_found_once_after_a_kill() {
         return child(&round, Path::new(&dir.expect("a directory")));
     }
     let dir = std::env::temp_dir().join(format!("vllm-gateway-store-kill-{}", std::process::id()));
-    std::fs::create_dir_all(dir.join("delivered")).expect("a directory");
+    for table in Table::ALL {
+        std::fs::create_dir_all(delivered(&dir, table)).expect("a directory");
+    }
     let (mut begun, mut kept) = (HashSet::new(), HashSet::new());
     for round in 0..ROUNDS {
         for line in killed_child(round, &dir) {
@@ -47,8 +52,13 @@ fn what_was_kept_is_found_once_after_a_kill() {
             }
         }
     }
-    let found = outcomes_on_disk(&dir);
+    let (found, segments) = on_disk(&dir);
     for id in &kept {
+        assert_eq!(
+            segments.get(id),
+            Some(&1),
+            "{id} was kept, and its segment before it"
+        );
         assert_eq!(
             found.get(id).map(Vec::as_slice),
             Some(&["refused".to_owned()][..]),
@@ -120,48 +130,59 @@ fn killed_child(round: u32, dir: &Path) -> Vec<String> {
     reader.join().expect("it has read everything")
 }
 
-/// The outcomes under which each request is booked: in what was taken away, and in what a last recovery finds.
-fn outcomes_on_disk(dir: &Path) -> HashMap<String, Vec<String>> {
+/// The outcomes under which each request is booked, and how many segments it has: in what was taken away, and in what a last recovery finds.
+fn on_disk(dir: &Path) -> (HashMap<String, Vec<String>>, HashMap<String, u32>) {
     let store = Store::open(&config(dir), "gw").expect("it recovers");
+    let (mut outcomes, mut segments) = (HashMap::<_, Vec<_>>::new(), HashMap::new());
+    for row in rows_on_disk(dir, &store, Table::Events) {
+        let text = |key: &str| row[key].as_str().expect("a text").to_owned();
+        outcomes
+            .entry(text("event_id"))
+            .or_default()
+            .push(text("outcome"));
+    }
+    for row in rows_on_disk(dir, &store, Table::Segments) {
+        let event_id = row["event_id"].as_str().expect("a text").to_owned();
+        *segments.entry(event_id).or_default() += 1;
+    }
+    (outcomes, segments)
+}
+
+fn rows_on_disk(dir: &Path, store: &Store, table: Table) -> Vec<serde_json::Value> {
+    let spool = store.spool_of(table);
     assert_eq!(
-        store.spool().stats().torn,
+        spool.stats().torn,
         0,
         "what this process reads, the killed one has written in full or not at all"
     );
     // A batch that was taken away and not acknowledged in time is the same batch.
-    let mut batches: HashMap<String, PathBuf> = HashMap::new();
-    for batch in store.spool().sealed(usize::MAX) {
-        batches.insert(
-            batch
-                .path
-                .file_name()
-                .expect("a name")
-                .to_string_lossy()
-                .into_owned(),
-            batch.path.clone(),
-        );
+    let mut batches: HashMap<OsString, PathBuf> = HashMap::new();
+    let mut add = |path: PathBuf| {
+        batches.insert(path.file_name().expect("a name").to_owned(), path);
+    };
+    for batch in spool.sealed(usize::MAX) {
+        add(batch.path.clone());
     }
-    for entry in std::fs::read_dir(dir.join("delivered")).expect("it is there") {
+    for entry in std::fs::read_dir(delivered(dir, table)).expect("it is there") {
         let path = entry.expect("an entry").path();
         if path.extension().is_some_and(|kind| kind == "jsonl") {
-            batches.insert(
-                path.file_name().expect("a name").to_string_lossy().into_owned(),
-                path,
-            );
+            add(path);
         }
     }
-    let mut outcomes: HashMap<String, Vec<String>> = HashMap::new();
+    let mut rows = Vec::new();
     for path in batches.values() {
-        for line in std::fs::read_to_string(path).expect("it is there").lines() {
-            let row: serde_json::Value = serde_json::from_str(line).expect("a JSON object");
-            let text = |key: &str| row[key].as_str().expect("a text").to_owned();
-            outcomes
-                .entry(text("event_id"))
-                .or_default()
-                .push(text("outcome"));
-        }
+        let text = std::fs::read_to_string(path).expect("it is there");
+        rows.extend(
+            text.lines()
+                .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("a JSON object")),
+        );
     }
-    outcomes
+    rows
+}
+
+/// Where batches are taken to.
+fn delivered(dir: &Path, table: Table) -> PathBuf {
+    dir.join("delivered").join(table.name())
 }
 
 fn config(dir: &Path) -> SpoolConfig {
@@ -178,8 +199,8 @@ fn child(round: &str, dir: &Path) {
     let store = Arc::new(Store::open(&config(dir), "gw").expect("it opens"));
     // Ends with the process.
     drop(std::thread::spawn({
-        let (store, to) = (Arc::clone(&store), dir.join("delivered"));
-        move || deliver(&store, &to)
+        let (store, dir) = (Arc::clone(&store), dir.to_owned());
+        move || deliver(&store, &dir)
     }));
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
@@ -192,6 +213,7 @@ fn child(round: &str, dir: &Path) {
                     store.began(&begin(&id));
                     say("begun", &id);
                     if let Some(id) = under_way.replace(id) {
+                        store.segment(&segment(&id));
                         drop(store.keep(&ended(&id)).expect("there is room"));
                         say("kept", &id);
                     }
@@ -202,22 +224,24 @@ fn child(round: &str, dir: &Path) {
 }
 
 /// Takes batches away as a sender does: first they are whole elsewhere, then they are acknowledged.
-fn deliver(store: &Store, to: &Path) {
+fn deliver(store: &Store, dir: &Path) {
     loop {
-        // Some are left lying, so that there is always something to recover.
-        for batch in store
-            .spool()
-            .sealed(usize::MAX)
-            .iter()
-            .filter(|batch| batch.id.sequence % 3 != 0)
-        {
-            let (tmp, whole) = (
-                to.join("unfinished"),
-                to.join(batch.path.file_name().expect("a name")),
-            );
-            std::fs::copy(&batch.path, &tmp).expect("a copy");
-            std::fs::rename(&tmp, &whole).expect("it is moved");
-            store.spool().acknowledge(batch).expect("it is deleted");
+        for table in Table::ALL {
+            let (spool, to) = (store.spool_of(table), delivered(dir, table));
+            // Some are left lying, so that there is always something to recover.
+            for batch in spool
+                .sealed(usize::MAX)
+                .iter()
+                .filter(|batch| batch.id.sequence % 3 != 0)
+            {
+                let (tmp, whole) = (
+                    to.join("unfinished"),
+                    to.join(batch.path.file_name().expect("a name")),
+                );
+                std::fs::copy(&batch.path, &tmp).expect("a copy");
+                std::fs::rename(&tmp, &whole).expect("it is moved");
+                spool.acknowledge(batch).expect("it is deleted");
+            }
         }
         std::thread::park_timeout(Duration::from_millis(2));
     }
@@ -244,6 +268,21 @@ fn begin(event_id: &str) -> Begin<'_> {
         trace_id: None,
         upstream: None,
         model: None,
+    }
+}
+
+fn segment(event_id: &str) -> SegmentRow<'_> {
+    let from = Micros(1_700_000_010_000_000);
+    SegmentRow {
+        window_start: Window::at(from),
+        upstream: "chat",
+        event_id,
+        team_id: "team-a",
+        project: "",
+        model: "",
+        run: Span::new(from, from),
+        work: Work::default(),
+        gateway_id: "gw",
     }
 }
 

@@ -27,8 +27,8 @@ const SEGMENT_MIN: ByteSize = ByteSize::from_kib(64);
 /// A batch is sent as one block of ClickHouse, which would split a larger one.
 const SEGMENT_MAX: ByteSize = ByteSize::from_mib(64);
 
-/// One file that is filled, two that are ready, and one that waits.
-const SEGMENTS_MIN: u64 = 4;
+/// One file that is filled, two that are ready, and one that waits, of requests and of their segments.
+const SEGMENTS_MIN: u64 = 8;
 
 /// What little of each packet to a server must be captured, so that a usual head is whole.
 const INGRESS_PREFIX_MIN: ByteSize = ByteSize::from_kib(1);

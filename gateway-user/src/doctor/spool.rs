@@ -229,8 +229,9 @@ mod tests {
         };
         assert_eq!(of(u64::MAX).state, State::Warning);
         assert_eq!(of(1).state, State::Ok);
-        fs::create_dir(dir.0.join("gw")).unwrap();
-        fs::write(dir.0.join("gw/a.jsonl"), [0; 3 * 1024]).unwrap();
+        fs::create_dir_all(dir.0.join("gw/segments")).unwrap();
+        fs::write(dir.0.join("gw/a.jsonl"), [0; 2 * 1024]).unwrap();
+        fs::write(dir.0.join("gw/segments/b.jsonl"), [0; 1024]).unwrap();
         assert!(of(1).found.contains("3KiB wait already"), "{:?}", of(1));
     }
 
