@@ -51,13 +51,14 @@ impl Direction {
         add!(self, submitted_bytes, u64::from(len_bytes));
     }
 
-    /// A record that is lost.
+    /// Records that are lost, and all payload that they stood for.
     #[inline(always)]
-    pub fn lost(self, loss: Loss, len_bytes: u32) {
+    pub fn lost(self, loss: Loss, records: u32, len_bytes: u32) {
+        let records = u64::from(records);
         match loss {
-            Loss::RingFull => add!(self, lost_ring_full, 1),
-            Loss::LoadFailed => add!(self, lost_load_failed, 1),
-            Loss::TooLong => add!(self, lost_too_long, 1),
+            Loss::RingFull => add!(self, lost_ring_full, records),
+            Loss::LoadFailed => add!(self, lost_load_failed, records),
+            Loss::TooLong => add!(self, lost_too_long, records),
         }
         add!(self, lost_bytes, u64::from(len_bytes));
     }

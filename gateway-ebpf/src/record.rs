@@ -28,8 +28,8 @@ struct Entry<const N: usize> {
     bytes: [u8; N],
 }
 
-/// Records a segment, with up to `limit_bytes` of its payload. Each part is lost or recorded by itself: a ring that is full now may not be for
-/// the next one, and the reader knows what is missing by the sequence numbers.
+/// Records a segment, with up to `limit_bytes` of its payload. With a part that is lost the rest of the segment is lost too: a ring that is full
+/// will not have room for it, and for the verifier there is one way through the parts, not three to the power of their number.
 #[inline(always)]
 pub fn put(ctx: &SkBuffContext, segment: &Segment, direction: u8, limit_bytes: u32) {
     let Some(counters) = Direction::here(direction) else {
@@ -52,71 +52,89 @@ pub fn put(ctx: &SkBuffContext, segment: &Segment, direction: u8, limit_bytes: u
         flags: segment.flags & SYN,
         reserved: 0,
     };
+    if let Err(loss) = put_parts(ctx, segment, &mut record, wanted_bytes, counters) {
+        let left_bytes = wanted_bytes - record.offset_bytes;
+        let records = left_bytes.div_ceil(PART_BYTES).max(1);
+        counters.lost(loss, records, segment.payload_bytes - record.offset_bytes);
+    }
+}
+
+/// On an error `record` is the one that was lost.
+#[inline(always)]
+fn put_parts(
+    ctx: &SkBuffContext,
+    segment: &Segment,
+    record: &mut Record,
+    wanted_bytes: u32,
+    counters: Direction,
+) -> Result<(), Loss> {
     for _ in 1..PARTS_MAX {
         if wanted_bytes - record.offset_bytes <= PART_BYTES {
             break;
         }
-        submit::<{ PART_BYTES as usize }>(ctx, segment, &record, counters);
+        submit::<{ PART_BYTES as usize }>(ctx, segment, record, counters)?;
         // The SYN takes a sequence number of its own, before the first byte.
         let syn = u32::from(record.flags & SYN);
         record.sequence = record.sequence.wrapping_add(PART_BYTES + syn);
         record.offset_bytes += PART_BYTES;
         record.flags = 0;
     }
-    put_last(ctx, segment, record, wanted_bytes, counters);
-}
-
-/// The last part stands for all that is left, captured or not.
-#[inline(always)]
-fn put_last(ctx: &SkBuffContext, segment: &Segment, mut record: Record, wanted_bytes: u32, counters: Direction) {
+    // The last part stands for all that is left, captured or not.
     record.len_bytes = segment.payload_bytes - record.offset_bytes;
     record.captured_bytes = wanted_bytes - record.offset_bytes;
     record.flags |= segment.flags & (FIN | RST);
     match record.captured_bytes {
-        0 => submit_bare(&record, counters),
-        1..=128 => submit::<128>(ctx, segment, &record, counters),
-        129..=256 => submit::<256>(ctx, segment, &record, counters),
-        257..=512 => submit::<512>(ctx, segment, &record, counters),
-        513..=1024 => submit::<1024>(ctx, segment, &record, counters),
-        1025..=2048 => submit::<2048>(ctx, segment, &record, counters),
-        2049..=4096 => submit::<4096>(ctx, segment, &record, counters),
-        4097..=8192 => submit::<8192>(ctx, segment, &record, counters),
-        8193..=PART_BYTES => submit::<{ PART_BYTES as usize }>(ctx, segment, &record, counters),
-        _ => counters.lost(Loss::TooLong, record.len_bytes),
+        0 => submit_bare(record, counters),
+        1..=128 => submit::<128>(ctx, segment, record, counters),
+        129..=256 => submit::<256>(ctx, segment, record, counters),
+        257..=512 => submit::<512>(ctx, segment, record, counters),
+        513..=1024 => submit::<1024>(ctx, segment, record, counters),
+        1025..=2048 => submit::<2048>(ctx, segment, record, counters),
+        2049..=4096 => submit::<4096>(ctx, segment, record, counters),
+        4097..=8192 => submit::<8192>(ctx, segment, record, counters),
+        8193..=PART_BYTES => submit::<{ PART_BYTES as usize }>(ctx, segment, record, counters),
+        _ => Err(Loss::TooLong),
     }
 }
 
 #[inline(always)]
-fn submit_bare(record: &Record, counters: Direction) {
-    let Some(mut entry) = RECORDS.reserve::<Record>(0) else {
-        return counters.lost(Loss::RingFull, record.len_bytes);
-    };
+fn submit_bare(record: &Record, counters: Direction) -> Result<(), Loss> {
+    let mut entry = RECORDS.reserve::<Record>(0).ok_or(Loss::RingFull)?;
     entry.write(*record);
     entry.submit(NO_WAKEUP);
     counters.submitted(record.len_bytes);
+    Ok(())
 }
 
 /// One record with payload: `captured_bytes` is 1 to `N`, a power of two.
 #[inline(always)]
-fn submit<const N: usize>(ctx: &SkBuffContext, segment: &Segment, record: &Record, counters: Direction) {
-    let Some(mut entry) = RECORDS.reserve::<Entry<N>>(0) else {
-        return counters.lost(Loss::RingFull, record.len_bytes);
-    };
+fn submit<const N: usize>(
+    ctx: &SkBuffContext,
+    segment: &Segment,
+    record: &Record,
+    counters: Direction,
+) -> Result<(), Loss> {
+    let mut entry = RECORDS.reserve::<Entry<N>>(0).ok_or(Loss::RingFull)?;
     let place = entry.as_mut_ptr();
     let from = segment.payload_at + record.offset_bytes;
     // The verifier wants to see that it is neither 0 nor too long, and the compiler knows that and would leave the proof out.
     let len_bytes = (opaque(u64::from(record.captured_bytes) - 1) & (N as u64 - 1)) + 1;
     let failed = unsafe {
         (&raw mut (*place).record).write(*record);
-        bpf_skb_load_bytes(ctx.as_ptr(), from, (&raw mut (*place).bytes).cast(), len_bytes as u32)
+        bpf_skb_load_bytes(
+            ctx.as_ptr(),
+            from,
+            (&raw mut (*place).bytes).cast(),
+            len_bytes as u32,
+        )
     };
-    if failed == 0 {
-        entry.submit(NO_WAKEUP);
-        counters.submitted(record.len_bytes);
-    } else {
+    if failed != 0 {
         entry.discard(NO_WAKEUP);
-        counters.lost(Loss::LoadFailed, record.len_bytes);
+        return Err(Loss::LoadFailed);
     }
+    entry.submit(NO_WAKEUP);
+    counters.submitted(record.len_bytes);
+    Ok(())
 }
 
 /// A number of which the compiler knows nothing any more.

@@ -11,11 +11,10 @@ use serde_json::json;
 use std::fmt::Write as _;
 use std::io::{self, BufRead};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vllm_gateway::config::Config;
-use vllm_gateway::event::{Begin, Context, EventSink, RequestEvent};
+use vllm_gateway::event::{Begin, CapturedBy, Context, EventSink, RequestEvent, Sinks};
 use vllm_gateway::store::service::{StoreCounts, StoreService};
 use vllm_gateway::wire::At;
 use vllm_gateway::wire::endpoint::Endpoint;
@@ -47,7 +46,7 @@ fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let config = Config::load(Some(&options.config), &|_| None)?;
     let store = StoreService::open(&config)?.context("expected a store.url, found `none`")?;
-    let (sink, counts) = (store.events(), store.counts());
+    let (sink, counts) = (Sinks::new(store.outlets().events), store.counts());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -105,13 +104,13 @@ fn thread_cpu() -> Duration {
 
 /// One streamed chat request after the other, which differ as those of a gateway do.
 struct Feeder {
-    sink: Arc<dyn EventSink>,
+    sink: Sinks,
     event: RequestEvent,
     sequence: u64,
 }
 
 impl Feeder {
-    fn new(sink: Arc<dyn EventSink>) -> Feeder {
+    fn new(sink: Sinks) -> Feeder {
         let mut facts = Facts::unread(At(0), At(612_345), Ending::Complete);
         facts.endpoint = Endpoint::ChatCompletions;
         facts.outcome = Outcome::Completed;
@@ -134,8 +133,9 @@ impl Feeder {
             status: Some(200),
             error_type: None,
             gateway_overhead_us: Some(74),
+            tap: None,
         };
-        let event = RequestEvent::new(context, facts, "proxy");
+        let event = RequestEvent::new(context, facts, CapturedBy::Proxy);
         Feeder {
             sink,
             event,
@@ -178,6 +178,7 @@ fn begin<'e>(event: &'e RequestEvent, upstream: Option<&'e str>) -> Begin<'e> {
         event_id: &event.event_id,
         started_at_us: event.started_at_us,
         gateway_id: &event.gateway_id,
+        capture: event.capture,
         team_id: &event.team_id,
         project: Some(&event.project),
         user_id: Some(&event.user_id),

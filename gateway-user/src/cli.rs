@@ -8,6 +8,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, ConfigError, EXIT_CONFIG, Env, effective_yaml};
+use crate::doctor::DoctorArgs;
 use crate::report::ReportArgs;
 use crate::store::embedded::EmbeddedArgs;
 
@@ -32,6 +33,8 @@ pub enum Command {
     CheckConfig(ConfigSource),
     /// Print what each team used and how it was served, from the rows in ClickHouse.
     Report(ReportArgs),
+    /// Say what this host can do, and what to do about the rest: kernel, upstreams, store, ports. The exit code says what can run.
+    Doctor(DoctorArgs),
     /// Run ClickHouse's engine behind its HTTP interface, as the gateway does for `store.url: embedded`.
     EmbeddedClickhouse(EmbeddedArgs),
     /// Attach the kernel probe for the gateway that started this, on standard input; of no use by hand.

@@ -11,12 +11,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
 use vllm_gateway::config::{Config, EXIT_CONFIG, LogConfig, LogFormat};
-use vllm_gateway::descriptors;
 use vllm_gateway::gateway::{self, Gateway};
-use vllm_gateway::report;
 use vllm_gateway::store::embedded;
 use vllm_gateway::store::service::StoreService;
-use vllm_gateway::tap;
+use vllm_gateway::{descriptors, doctor, report, tap};
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
@@ -29,6 +27,10 @@ fn main() -> anyhow::Result<ExitCode> {
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
             let (mut out, mut err) = (io::stdout(), io::stderr());
             let code = runtime.block_on(report::run(&arguments, &environment, &mut out, &mut err))?;
+            Ok(ExitCode::from(code))
+        }
+        Command::Doctor(arguments) => {
+            let code = doctor::run(&arguments, environment, &mut io::stdout(), &mut io::stderr())?;
             Ok(ExitCode::from(code))
         }
         Command::EmbeddedClickhouse(arguments) => {

@@ -2,6 +2,7 @@
 
 use super::readiness::Readiness;
 use super::routes::Routes;
+use crate::connections::{Bounds, serve_connections};
 use crate::metrics::Metrics;
 use crate::net::{BindError, bind_listener};
 use hyper::body::Incoming;
@@ -15,8 +16,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::JoinSet;
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 /// Connections at a time. Scrapers and probes are a handful; the rest waits in the backlog, and requests keep their descriptors.
@@ -31,9 +31,6 @@ const CONNECTION_AGE_MAX: Duration = Duration::from_secs(300);
 
 /// For an answer in progress to leave, once its connection is asked to end; also at shutdown.
 const GRACE: Duration = Duration::from_secs(5);
-
-/// After an accept that failed for want of descriptors, which comes back at once until one is free.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Where the admin address can be changed, for the error when it is taken.
 const SETTING: &str = "admin.listen or GATEWAY_ADMIN_ADDR";
@@ -70,57 +67,20 @@ impl AdminServer {
     ///
     /// # Errors
     /// When the runtime does not take the listener.
-    pub async fn run(self, mut shutdown: watch::Receiver<bool>) -> io::Result<()> {
+    pub async fn run(self, shutdown: watch::Receiver<bool>) -> io::Result<()> {
         let listener = tokio::net::TcpListener::from_std(self.listener)?;
-        let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let mut connections = JoinSet::new();
+        let bounds = Bounds {
+            connections_max: CONNECTIONS_MAX,
+            grace: GRACE,
+        };
         let stop = shutdown.clone();
-        {
-            let mut ended = pin!(shutdown.wait_for(|ended| *ended));
-            loop {
-                tokio::select! {
-                    _ = &mut ended => break,
-                    Some(_) = connections.join_next() => {}
-                    (stream, permit) = accept(&listener, &permits) => {
-                        connections.spawn(serve(stream, Arc::clone(&self.routes), stop.clone(), permit));
-                    }
-                }
-            }
-        }
-        drop(listener);
-        // What has not ended by then is aborted with the set.
-        let _ = timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
+        let serve = |stream| serve(stream, Arc::clone(&self.routes), stop.clone());
+        serve_connections(listener, "admin", bounds, shutdown, serve).await;
         Ok(())
     }
 }
 
-/// The next connection, once there is room for it.
-async fn accept(
-    listener: &tokio::net::TcpListener,
-    permits: &Arc<Semaphore>,
-) -> (TcpStream, OwnedSemaphorePermit) {
-    loop {
-        let Ok(permit) = Arc::clone(permits).acquire_owned().await else {
-            // The semaphore is never closed, so this waits for nothing.
-            std::future::pending::<()>().await;
-            continue;
-        };
-        match listener.accept().await {
-            Ok((stream, _)) => return (stream, permit),
-            Err(failure) => {
-                tracing::warn!(%failure, "the admin server could not accept a connection");
-                sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
-}
-
-async fn serve(
-    stream: TcpStream,
-    routes: Arc<Routes>,
-    mut stop: watch::Receiver<bool>,
-    permit: OwnedSemaphorePermit,
-) {
+async fn serve(stream: TcpStream, routes: Arc<Routes>, mut stop: watch::Receiver<bool>) {
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let routes = Arc::clone(&routes);
         async move { Ok::<_, Infallible>(routes.answer(request).await) }
@@ -132,13 +92,12 @@ async fn serve(
     let mut connection = pin!(connection);
     // How a connection ends is the peer's affair: a probe that hangs up is no event for the log.
     tokio::select! {
-        _ = &mut connection => return drop(permit),
+        _ = &mut connection => return,
         _ = stop.wait_for(|ended| *ended) => {}
         () = sleep(CONNECTION_AGE_MAX) => {}
     }
     connection.as_mut().graceful_shutdown();
     let _ = timeout(GRACE, connection).await;
-    drop(permit);
 }
 
 #[cfg(test)]

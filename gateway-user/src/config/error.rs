@@ -88,7 +88,7 @@ impl fmt::Display for Listing<'_> {
 }
 
 /// Quotes a value for a message: escaped, so that it cannot forge log lines, and cut at [`QUOTE_CHARS_MAX`].
-pub(super) fn quote(text: &str) -> String {
+pub(crate) fn quote(text: &str) -> String {
     let mut escaped: String = text.escape_debug().take(QUOTE_CHARS_MAX).collect();
     if text.escape_debug().nth(QUOTE_CHARS_MAX).is_some() {
         escaped.push('…');

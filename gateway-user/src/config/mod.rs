@@ -25,6 +25,7 @@ mod yaml;
 use std::path::Path;
 
 pub use env::Env;
+pub(crate) use error::quote;
 pub use error::{ConfigError, EXIT_CONFIG, Place, Problem};
 pub use schema::{
     AdminConfig, Config, GatewayConfig, IdentityConfig, LedgerConfig, LogConfig, MetricsConfig, ProxyConfig,

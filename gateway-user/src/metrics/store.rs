@@ -3,7 +3,7 @@
 //! The store counts by itself, without knowing metrics; its numbers are read at each scrape.
 
 use crate::store::service::StoreCounts;
-use crate::store::{DropCause, SpoolStats};
+use crate::store::{DropCause, SpoolStats, WaitCause};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, IntCounter, IntCounterVec, IntGauge, Opts, Result};
@@ -27,7 +27,7 @@ pub(super) struct StoreFamilies {
     disk_failures: IntCounter,
     stored_rows: IntCounter,
     stored_batches: IntCounter,
-    retries: IntCounter,
+    retries: IntCounterVec,
     found: IntCounter,
     repaired: IntCounter,
     samples_waiting: IntGauge,
@@ -54,7 +54,7 @@ impl StoreFamilies {
             disk_failures: IntCounter::new("gateway_spool_disk_failures_total", "Times that the disk would not take what it should.")?,
             stored_rows: IntCounter::new("gateway_store_rows_total", "Rows that ClickHouse has taken.")?,
             stored_batches: IntCounter::new("gateway_store_batches_total", "Batches that ClickHouse has taken.")?,
-            retries: IntCounter::new("gateway_store_retries_total", "Tries that failed and are made again.")?,
+            retries: IntCounterVec::new(Opts::new("gateway_store_retries_total", "Tries that failed and are made again, by cause."), &["cause"])?,
             found: IntCounter::new("gateway_store_found_batches_total", "Batches that were found to be stored after a lost answer.")?,
             repaired: IntCounter::new("gateway_store_repaired_batches_total", "Batches of which a part was found to be stored.")?,
             samples_waiting: IntGauge::new("gateway_samples_waiting", "Samples of vLLM's own metrics that wait to be stored.")?,
@@ -94,7 +94,12 @@ impl StoreFamilies {
         let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
         raise(&self.stored_rows, read(&sent.rows));
         raise(&self.stored_batches, read(&sent.batches));
-        raise(&self.retries, read(&sent.retries));
+        for cause in WaitCause::ALL {
+            raise(
+                &self.retries.with_label_values(&[cause.name()]),
+                sent.waits_for(cause),
+            );
+        }
         raise(&self.found, read(&sent.found));
         raise(&self.repaired, read(&sent.repaired));
         self.samples_waiting.set(whole(self.counts.samples.len() as u64));

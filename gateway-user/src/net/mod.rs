@@ -193,6 +193,18 @@ pub fn owner_of(addr: SocketAddr) -> Owner {
     owner::find(addr)
 }
 
+/// Who listens on an address of a container of this machine.
+#[cfg(target_os = "linux")]
+pub fn owner_in_containers(addr: SocketAddr) -> Owner {
+    owner::find_in_containers(addr)
+}
+
+/// Whether anyone listens there, in this network namespace; unlike the owner, it shows to everybody.
+#[cfg(target_os = "linux")]
+pub fn is_listened_on(addr: SocketAddr) -> bool {
+    owner::is_listened_on(addr)
+}
+
 /// Elsewhere the system does not say.
 #[cfg(not(target_os = "linux"))]
 pub fn owner_of(_: SocketAddr) -> Owner {

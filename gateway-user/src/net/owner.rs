@@ -1,9 +1,12 @@
 //! Which process listens on an address, by `/proc`: the kernel's socket tables give an inode, and a process that holds the socket
 //! has a descriptor that points to it. Only processes of the same user (or of all, for root) can be seen.
+//!
+//! Each network namespace, and so each container with a network of its own, has its own tables.
 
 use super::Owner;
+use std::collections::BTreeSet;
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 /// `TCP_LISTEN` in the state column of the tables.
@@ -11,13 +14,24 @@ const LISTENING: &str = "0A";
 
 /// Who listens on `addr`, or on its port everywhere (either would be in the way).
 pub(super) fn find(addr: SocketAddr) -> Owner {
-    let sockets: Vec<String> = ["/proc/self/net/tcp", "/proc/self/net/tcp6"]
-        .iter()
-        .filter_map(|table| fs::read_to_string(table).ok())
-        .flat_map(|table| listening_on(&table, addr))
-        .map(|inode| format!("socket:[{inode}]"))
-        .collect();
-    let Some(pid) = holder_of(&sockets) else {
+    owner(holder_of(&sockets("self", addr)))
+}
+
+/// Who listens on `addr` in another network namespace of this machine, one that has this address.
+pub(super) fn find_in_containers(addr: SocketAddr) -> Owner {
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/net")).ok();
+    let mut seen: BTreeSet<_> = namespace("self").into_iter().collect();
+    let holder = processes().find_map(|pid| {
+        let process = pid.to_string();
+        let is_new = seen.insert(namespace(&process)?);
+        let is_its = is_new && has_address(&process, addr.ip());
+        is_its.then(|| holder_of(&sockets(&process, addr)))?
+    });
+    owner(holder)
+}
+
+fn owner(holder: Option<u32>) -> Owner {
+    let Some(pid) = holder else {
         return Owner::Unknown;
     };
     if pid == std::process::id() {
@@ -28,6 +42,42 @@ pub(super) fn find(addr: SocketAddr) -> Owner {
         pid,
         name: name.trim_end().to_owned(),
     }
+}
+
+/// Whether anyone does in this network namespace, seen or not.
+pub(super) fn is_listened_on(addr: SocketAddr) -> bool {
+    !sockets("self", addr).is_empty()
+}
+
+/// The listening sockets in the way of `addr`, in the network of a process, as its descriptors name them.
+fn sockets(process: &str, addr: SocketAddr) -> Vec<String> {
+    ["tcp", "tcp6"]
+        .iter()
+        .filter_map(|table| fs::read_to_string(format!("/proc/{process}/net/{table}")).ok())
+        .flat_map(|table| listening_on(&table, addr))
+        .map(|inode| format!("socket:[{inode}]"))
+        .collect()
+}
+
+/// Whether an address is one of the network of a process.
+fn has_address(process: &str, ip: IpAddr) -> bool {
+    let read = |table| fs::read_to_string(format!("/proc/{process}/net/{table}")).unwrap_or_default();
+    match ip {
+        IpAddr::V4(_) => is_local_in(&read("fib_trie"), ip),
+        IpAddr::V6(ip) => {
+            let digits: String = ip.octets().iter().map(|octet| format!("{octet:02x}")).collect();
+            read("if_inet6").lines().any(|line| line.starts_with(&digits))
+        }
+    }
+}
+
+/// The table of routes is a tree; what an address is, stands on the line below it.
+fn is_local_in(fib_trie: &str, ip: IpAddr) -> bool {
+    let leaf = format!("|-- {ip}");
+    let lines = fib_trie.lines().zip(fib_trie.lines().skip(1));
+    lines
+        .filter(|(address, _)| address.trim_start() == leaf)
+        .any(|(_, what)| what.trim() == "/32 host LOCAL")
 }
 
 /// The inodes of listening sockets in the way of `addr`. Columns: slot, local address, remote address, state, two of queues and
@@ -63,9 +113,14 @@ fn in_table(addr: SocketAddr) -> String {
     words.map(|word| format!("{word:08X}")).collect()
 }
 
+fn processes() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+}
+
 fn holder_of(sockets: &[String]) -> Option<u32> {
-    let processes = fs::read_dir("/proc").ok()?.flatten();
-    let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    // Without a socket there is nothing to look for, and looking takes a while where many processes run.
+    let mut pids = processes().take_while(|_| !sockets.is_empty());
     pids.find(|pid| holds(Path::new(&format!("/proc/{pid}/fd")), sockets).unwrap_or(false))
 }
 
@@ -108,6 +163,15 @@ mod tests {
             "everywhere clashes with each"
         );
         assert!(inodes("127.0.0.1:9465").is_empty());
+    }
+
+    #[test]
+    fn an_address_is_local_only_where_its_own_line_says_so() {
+        let trie = "Main:\n  +-- 0.0.0.0/0 3 0 5\n     |-- 172.17.0.0\n        /16 link UNICAST\n     |-- 172.17.0.2\n        /32 host LOCAL\n\
+                    |-- 172.17.255.255\n        /32 link BROADCAST\n";
+        let is_local = |ip: &str| is_local_in(trie, ip.parse().unwrap());
+        assert!(is_local("172.17.0.2"));
+        assert!(!is_local("172.17.0.0") && !is_local("172.17.255.255") && !is_local("172.17.0.20"));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! Every statement is idempotent (`IF NOT EXISTS`), so that several gateways may migrate one database at once, and one that was killed in
 //! the middle goes on where it was. A database whose schema is newer than this program is refused: its rows could be read wrongly.
 
+use super::exception::with_sources;
+use super::windows;
 use clickhouse::{Client, error::Error};
 
 /// One step of the schema.
@@ -69,7 +71,7 @@ pub enum MigrateError {
         known: u32,
     },
     /// A statement failed.
-    #[error("migration {version} ({name}) failed: {source}")]
+    #[error("migration {version} ({name}) failed: {}", with_sources(source))]
     Statement {
         /// Which step.
         version: u32,
@@ -79,7 +81,7 @@ pub enum MigrateError {
         source: Error,
     },
     /// The database could not be asked for its version.
-    #[error("the schema's version could not be read: {0}")]
+    #[error("the schema's version could not be read: {}", with_sources(.0))]
     Version(#[source] Error),
 }
 
@@ -137,6 +139,24 @@ pub fn known_version() -> u32 {
     MIGRATIONS.last().map_or(0, |migration| migration.version)
 }
 
+/// Which version of the schema a database has, without touching it; `None` when it has none yet, or does not exist.
+///
+/// # Errors
+/// When ClickHouse cannot be asked.
+pub async fn found_version(client: &Client, database: &str) -> Result<Option<u32>, Error> {
+    let tables: u64 = client
+        .query("SELECT count() FROM system.tables WHERE database = ? AND name = 'schema_migrations'")
+        .bind(database)
+        .fetch_one()
+        .await?;
+    if tables == 0 {
+        return Ok(None);
+    }
+    let client = client.clone().with_database(database);
+    let version = version(&client).await?;
+    Ok((version > 0).then_some(version))
+}
+
 /// The database, and the table that knows its version.
 const BOOTSTRAP: &str = "
 CREATE DATABASE IF NOT EXISTS {database}{on_cluster};
@@ -183,6 +203,7 @@ fn statements(sql: &str, layout: &Layout) -> Vec<String> {
         None => ("", "non_replicated_deduplication_window"),
     };
     let code: String = sql
+        .replace("{window_columns}", windows::COLUMNS.trim_end())
         .lines()
         .filter(|line| !line.trim_start().starts_with("--"))
         .collect::<Vec<_>>()

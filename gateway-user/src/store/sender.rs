@@ -4,13 +4,18 @@
 //! rows are in, so they are counted by that name before anything is sent again: all of them, and the batch is acknowledged; none, and it
 //! is sent again; some, and the missing ones are sent. What ClickHouse refuses for good is halved until the row that it refuses stands alone, and is
 //! put aside. Everything else is tried again for ever, more and more slowly.
+//!
+//! A batch is acknowledged when the windows have it too. An insert in one piece takes care of that by itself; after anything else the
+//! windows of the batch are [written again](super::windows) from its rows.
 
+use super::exception::{Verdict, WaitCause, reason_of, verdict};
+use super::lines::Lines;
 use super::migrate::{self, Layout, MigrateError};
+use super::windows::{self, Contents, ROWS_OF_BATCH};
 use super::{Batch, Spool};
 use crate::config::StoreConfig;
 use bytes::Bytes;
 use clickhouse::{Client, Compression, error::Error};
-use serde::Deserialize;
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
@@ -23,37 +28,11 @@ use tokio::time::sleep;
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 
-/// How long one insert may take, sending and waiting for the answer: a batch is a few megabytes.
-const SEND_TIMEOUT: Duration = Duration::from_secs(30);
-const END_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long the schema may take. On a cluster each statement waits for all of its servers, by default up to three minutes.
+const MIGRATE_LIMIT: Duration = Duration::from_secs(1_800);
 
 /// Batches looked at at a time.
 const LOOK_AHEAD: usize = 64;
-
-/// Codes with which ClickHouse refuses the data itself: the same bytes will be refused again. Every other code is taken to pass, since a row put aside by
-/// mistake needs a person, and a retry does not. (`src/Common/ErrorCodes.cpp`)
-const REFUSED_ROWS: [u32; 14] = [
-    6,   // CANNOT_PARSE_TEXT
-    7,   // INCORRECT_NUMBER_OF_COLUMNS
-    26,  // CANNOT_PARSE_QUOTED_STRING
-    27,  // CANNOT_PARSE_INPUT_ASSERTION_FAILED
-    32,  // ATTEMPT_TO_READ_AFTER_EOF
-    33,  // CANNOT_READ_ALL_DATA
-    38,  // CANNOT_PARSE_DATE
-    41,  // CANNOT_PARSE_DATETIME
-    53,  // TYPE_MISMATCH
-    70,  // CANNOT_CONVERT_TYPE
-    72,  // CANNOT_PARSE_NUMBER
-    117, // INCORRECT_DATA
-    131, // TOO_LARGE_STRING_SIZE
-    349, // CANNOT_INSERT_NULL_IN_ORDINARY_COLUMN
-];
-
-/// Codes that say that the schema is not there (any more): it is made again before the next try.
-pub(super) const NO_SCHEMA: [u32; 2] = [
-    60, // UNKNOWN_TABLE
-    81, // UNKNOWN_DATABASE
-];
 
 /// What the sender has done, for metrics.
 #[derive(Debug, Default)]
@@ -62,8 +41,7 @@ pub struct SenderStats {
     pub batches: AtomicU64,
     /// Rows in them.
     pub rows: AtomicU64,
-    /// Tries that failed and are made again.
-    pub retries: AtomicU64,
+    waits: [AtomicU64; WaitCause::ALL.len()],
     /// Batches whose rows were found to be there already, after a lost answer.
     pub found: AtomicU64,
     /// Batches of which a part was there.
@@ -72,23 +50,43 @@ pub struct SenderStats {
     pub refused: AtomicU64,
 }
 
+impl SenderStats {
+    /// Tries that failed for this cause and are made again.
+    pub fn waits_for(&self, cause: WaitCause) -> u64 {
+        self.waits[cause as usize].load(Ordering::Relaxed)
+    }
+
+    fn waits(&self, cause: WaitCause) {
+        // The discriminants count from 0 in the order of `ALL`, which a test holds.
+        self.waits[cause as usize].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// How long ClickHouse may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// To take a piece of an insert in. A batch is a few megabytes.
+    pub send: Duration,
+    /// To answer.
+    pub answer: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Patience {
+        Patience {
+            send: Duration::from_secs(30),
+            answer: Duration::from_secs(120),
+        }
+    }
+}
+
 /// Stores the batches of one spool.
 pub struct Sender {
     spool: Arc<Spool>,
     client: Client,
     layout: Layout,
+    patience: Patience,
     stats: Arc<SenderStats>,
-}
-
-/// What a failed insert means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    /// Nobody knows whether the rows are in.
-    Unknown,
-    /// They are not, and will not be: the data is refused.
-    Refused,
-    /// The schema is missing.
-    NoSchema,
 }
 
 /// A client for the ClickHouse of `config`, which is at `url`.
@@ -122,8 +120,14 @@ impl Sender {
             spool,
             client,
             layout,
+            patience: Patience::default(),
             stats: Arc::default(),
         }
+    }
+
+    /// The same sender, with another patience.
+    pub fn with_patience(self, patience: Patience) -> Sender {
+        Sender { patience, ..self }
     }
 
     /// What it has done so far.
@@ -151,6 +155,7 @@ impl Sender {
             .map(|batch| batch.id.to_string())
             .collect();
         loop {
+            let stored = self.stats.batches.load(Ordering::Relaxed);
             let step = async {
                 if !ready {
                     self.migrate().await?;
@@ -158,15 +163,10 @@ impl Sender {
                 }
                 self.spool.wait_for_sealed().await;
                 for batch in self.spool.sealed(LOOK_AHEAD) {
-                    let id = batch.id.to_string();
-                    let in_doubt = doubtful.contains(&id);
-                    match self.store(&batch, in_doubt).await {
-                        Ok(()) => drop(doubtful.remove(&id)),
-                        Err(error) => {
-                            doubtful.insert(id);
-                            return Err(error);
-                        }
-                    }
+                    // In doubt from the moment at which it is tried: this step can be cut off anywhere.
+                    let in_doubt = !doubtful.insert(batch.id.to_string());
+                    self.store(&batch, in_doubt).await?;
+                    doubtful.remove(&batch.id.to_string());
                 }
                 Ok(())
             };
@@ -175,11 +175,21 @@ impl Sender {
                 () = told(&mut stop) => break,
             };
             match outcome {
-                Ok(()) => backoff = Backoff::default(),
-                Err(Failure::Migrate(error @ MigrateError::TooNew { .. })) => return Err(error),
+                Ok(()) => {
+                    backoff.end();
+                    backoff = Backoff::default();
+                }
+                Err(Failure::Migrate(error @ MigrateError::TooNew { .. })) => {
+                    self.stats.waits(WaitCause::SchemaTooNew);
+                    return Err(error);
+                }
                 Err(error) => {
+                    // ClickHouse was there meanwhile: this is another failure, and not the last one going on.
+                    if self.stats.batches.load(Ordering::Relaxed) > stored {
+                        backoff = Backoff::default();
+                    }
                     ready &= !error.wants_schema();
-                    self.stats.retries.fetch_add(1, Ordering::Relaxed);
+                    self.stats.waits(error.cause());
                     backoff.report(&error);
                     tokio::select! {
                         () = sleep(backoff.next()) => {}
@@ -193,8 +203,9 @@ impl Sender {
     }
 
     async fn migrate(&self) -> Result<(), Failure> {
-        let applied = migrate::migrate(&self.client, &self.layout)
+        let applied = tokio::time::timeout(MIGRATE_LIMIT, migrate::migrate(&self.client, &self.layout))
             .await
+            .unwrap_or(Err(MigrateError::Version(Error::TimedOut)))
             .map_err(Failure::Migrate)?;
         if !applied.is_empty() {
             tracing::info!(
@@ -223,26 +234,33 @@ impl Sender {
     async fn store(&self, batch: &Arc<Batch>, in_doubt: bool) -> Result<(), Failure> {
         let text = tokio::fs::read(&batch.path).await.map_err(Failure::File)?;
         let lines = Lines::of(Bytes::from(text));
-        let mut token = batch.id.to_string();
+        let name = batch.id.to_string();
+        let mut token = name.clone();
         let mut rows: Vec<usize> = (0..lines.len()).collect();
         if in_doubt {
-            let there = self.stored(&token).await?;
+            let there = self.stored(&name, lines.contents(0..lines.len())).await?;
             rows.retain(|at| !there.contains(lines.event_id(*at)));
             if rows.is_empty() {
+                self.rewrite_windows(&name, &lines, &[]).await?;
                 self.stats.found.fetch_add(1, Ordering::Relaxed);
                 return self.acknowledge(batch);
             }
             if rows.len() < lines.len() {
                 self.stats.repaired.fetch_add(1, Ordering::Relaxed);
-                token = format!("{token}+{}", rows.len());
+                token = format!("{name}+{}", rows.len());
             }
         }
-        match self.insert(lines.only(&rows).text, &token).await {
-            Ok(()) => self.acknowledge(batch),
+        match self.insert(lines.only(&rows), &token).await {
+            Ok(()) => {
+                if rows.len() < lines.len() {
+                    self.rewrite_windows(&name, &lines, &[]).await?;
+                }
+                self.acknowledge(batch)
+            }
             Err(error) if verdict(&error) == Verdict::Refused => {
                 self.set_aside(batch, &lines, &rows, &error).await
             }
-            Err(error) => Err(Failure::Insert(error)),
+            Err(error) => Err(Failure::ClickHouse(error)),
         }
     }
 
@@ -269,28 +287,30 @@ impl Sender {
                 continue;
             };
             match self
-                .insert(lines.only(part).text, &format!("{token}+{first}-{last}"))
+                .insert(lines.only(part), &format!("{token}+{first}-{last}"))
                 .await
             {
                 Ok(()) => {}
-                Err(error) if verdict(&error) != Verdict::Refused => return Err(Failure::Insert(error)),
-                Err(_) if part.len() == 1 => refused.push(*first as u64),
+                Err(error) if verdict(&error) != Verdict::Refused => return Err(Failure::ClickHouse(error)),
+                Err(_) if part.len() == 1 => refused.push(*first),
                 Err(_) => {
                     let (front, back) = part.split_at(part.len() / 2);
                     suspects.extend([back, front]);
                 }
             }
         }
+        self.rewrite_windows(&token, lines, &refused).await?;
         let reason = reason_of(error);
         tracing::error!(
             batch = token,
             rows = refused.len(),
             reason,
-            "ClickHouse refuses rows; they are in quarantine"
+            "ClickHouse refuses rows; they are in quarantine/ of the spool, with the reason"
         );
         self.stats
             .refused
             .fetch_add(refused.len() as u64, Ordering::Relaxed);
+        let refused: Vec<u64> = refused.into_iter().map(|at| at as u64).collect();
         // The good rows are in: what is left of the batch is acknowledged.
         match self
             .spool
@@ -306,10 +326,10 @@ impl Sender {
         let client = self.database_client();
         let mut insert = client
             .insert_formatted_with("INSERT INTO request_events FORMAT JSONEachRow")
-            .with_timeouts(Some(SEND_TIMEOUT), Some(END_TIMEOUT))
+            .with_timeouts(Some(self.patience.send), Some(self.patience.answer))
             .with_setting("insert_deduplication_token", token)
             .with_setting("deduplicate_blocks_in_dependent_materialized_views", "1")
-            // One file is one block, so that it is in as a whole or not at all.
+            // One file is one block, so that it is in as a whole or not at all, and is one row of each of its windows.
             .with_setting("async_insert", "0")
             .with_setting("input_format_parallel_parsing", "0")
             .with_setting("input_format_skip_unknown_fields", "0");
@@ -318,13 +338,32 @@ impl Sender {
     }
 
     /// The events of a batch that are stored.
-    async fn stored(&self, batch: &str) -> Result<HashSet<String>, Failure> {
+    async fn stored(&self, batch: &str, contents: Contents) -> Result<HashSet<String>, Failure> {
         let client = self.database_client();
+        let statement = format!("SELECT DISTINCT event_id FROM request_events WHERE {ROWS_OF_BATCH}");
         let query = client
-            .query("SELECT DISTINCT event_id FROM request_events WHERE batch = ?")
-            .bind(batch);
-        let ids: Vec<String> = query.fetch_all().await.map_err(Failure::Insert)?;
+            .query_raw(&statement)
+            .param("batch", batch)
+            .param("from_us", contents.from_us)
+            .param("to_us", contents.to_us);
+        let ids = self.answered(query.fetch_all::<String>()).await?;
         Ok(ids.into_iter().collect())
+    }
+
+    /// Makes the windows of a batch what its rows are, of which some are `refused`.
+    async fn rewrite_windows(&self, batch: &str, lines: &Lines, refused: &[usize]) -> Result<(), Failure> {
+        let stored = (0..lines.len()).filter(|at| !refused.contains(at));
+        let contents = lines.contents(stored);
+        self.answered(windows::rewrite(&self.database_client(), batch, contents))
+            .await
+    }
+
+    /// What ClickHouse answers, if it does in time: a query has no limit of its own, and a server can fall silent.
+    async fn answered<T>(&self, query: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
+        tokio::time::timeout(self.patience.answer, query)
+            .await
+            .unwrap_or(Err(Error::TimedOut))
+            .map_err(Failure::ClickHouse)
     }
 }
 
@@ -339,95 +378,26 @@ enum Failure {
     #[error(transparent)]
     Migrate(MigrateError),
     #[error("ClickHouse does not take rows: {}", reason_of(.0))]
-    Insert(Error),
+    ClickHouse(Error),
     #[error("a batch cannot be read or deleted: {0}")]
     File(io::Error),
 }
 
 impl Failure {
     fn wants_schema(&self) -> bool {
-        matches!(self, Failure::Insert(error) if verdict(error) == Verdict::NoSchema)
-    }
-}
-
-/// The rows of a batch.
-struct Lines {
-    text: Bytes,
-    ends: Vec<usize>,
-}
-
-impl Lines {
-    fn of(text: Bytes) -> Lines {
-        let ends = memchr::memchr_iter(b'\n', &text).map(|at| at + 1).collect();
-        Lines { text, ends }
+        matches!(self, Failure::ClickHouse(error) if verdict(error) == Verdict::NoSchema)
     }
 
-    fn len(&self) -> usize {
-        self.ends.len()
-    }
-
-    fn line(&self, at: usize) -> &[u8] {
-        let start = if at == 0 { 0 } else { self.ends[at - 1] };
-        &self.text[start..self.ends[at]]
-    }
-
-    /// The event of a row; empty when it has none, so that such a row counts as missing.
-    fn event_id(&self, at: usize) -> &str {
-        #[derive(Deserialize)]
-        struct Row<'r> {
-            #[serde(borrow)]
-            event_id: &'r str,
+    fn cause(&self) -> WaitCause {
+        match self {
+            Failure::Migrate(MigrateError::TooNew { .. }) => WaitCause::SchemaTooNew,
+            Failure::Migrate(
+                MigrateError::Statement { source: error, .. } | MigrateError::Version(error),
+            )
+            | Failure::ClickHouse(error) => WaitCause::of(error),
+            Failure::File(_) => WaitCause::SpoolFile,
         }
-        serde_json::from_slice::<Row<'_>>(self.line(at)).map_or("", |row| row.event_id)
     }
-
-    fn only(&self, rows: &[usize]) -> Lines {
-        Lines::of(Bytes::from(
-            rows.iter()
-                .flat_map(|at| self.line(*at))
-                .copied()
-                .collect::<Vec<u8>>(),
-        ))
-    }
-}
-
-/// The code of an exception, if ClickHouse sent one.
-pub(super) fn code_of(error: &Error) -> Option<u32> {
-    let Error::BadResponse(text) = error else {
-        return None;
-    };
-    let digits = text.split("Code: ").nth(1)?;
-    digits.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
-}
-
-fn verdict(error: &Error) -> Verdict {
-    match code_of(error) {
-        Some(code) if REFUSED_ROWS.contains(&code) => Verdict::Refused,
-        Some(code) if NO_SCHEMA.contains(&code) => Verdict::NoSchema,
-        _ => Verdict::Unknown,
-    }
-}
-
-/// What may be logged of an error: its code and name. Its text quotes the data.
-pub(super) fn reason_of(error: &Error) -> String {
-    let Some(code) = code_of(error) else {
-        return match error {
-            Error::BadResponse(_) => "an answer that is no exception of ClickHouse".to_owned(),
-            other => other.to_string(),
-        };
-    };
-    let name = match error {
-        Error::BadResponse(text) => text.rsplit('(').find_map(|part| {
-            let name = part.split(')').next()?;
-            let is_name = name.len() > 3
-                && name
-                    .bytes()
-                    .all(|byte| byte.is_ascii_uppercase() || byte == b'_' || byte.is_ascii_digit());
-            is_name.then_some(name)
-        }),
-        _ => None,
-    };
-    format!("code {code} {}", name.unwrap_or_default())
 }
 
 /// Waits that double, and reports that do not flood the log.
@@ -447,10 +417,20 @@ impl Backoff {
     }
 
     fn report(&self, error: &Failure) {
+        let (cause, advice) = (error.cause().name(), error.cause().advice());
         match self.failures {
-            0 => tracing::warn!(%error, "rows wait in the spool; trying again"),
-            n if n % 10 == 0 => tracing::warn!(%error, failures = n, "rows still wait in the spool"),
-            _ => tracing::debug!(%error, "rows wait in the spool"),
+            0 => tracing::warn!(%error, cause, advice, "rows wait in the spool; trying again"),
+            n if n % 10 == 0 => {
+                tracing::warn!(%error, cause, advice, failures = n, "rows still wait in the spool")
+            }
+            _ => tracing::debug!(%error, cause, "rows wait in the spool"),
+        }
+    }
+
+    /// Says that it is over, to whoever was told that it had begun.
+    fn end(&self) {
+        if self.failures > 0 {
+            tracing::info!(failures = self.failures, "ClickHouse takes rows again");
         }
     }
 }
@@ -458,46 +438,6 @@ impl Backoff {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn exception(text: &str) -> Error {
-        Error::BadResponse(text.to_owned())
-    }
-
-    #[test]
-    fn only_what_will_always_be_refused_is_put_aside() {
-        let parse = exception(
-            "Code: 27. DB::Exception: Cannot parse input: expected '\"' before: 'my secret' (CANNOT_PARSE_INPUT_ASSERTION_FAILED)",
-        );
-        assert_eq!(verdict(&parse), Verdict::Refused);
-        assert_eq!(
-            verdict(&exception(
-                "Code: 243. DB::Exception: Cannot reserve (NOT_ENOUGH_SPACE)"
-            )),
-            Verdict::Unknown
-        );
-        assert_eq!(
-            verdict(&exception("Code: 516. DB::Exception: (AUTHENTICATION_FAILED)")),
-            Verdict::Unknown
-        );
-        assert_eq!(
-            verdict(&exception(
-                "Code: 60. DB::Exception: Unknown table (UNKNOWN_TABLE)"
-            )),
-            Verdict::NoSchema
-        );
-        assert_eq!(verdict(&exception("upstream connect error")), Verdict::Unknown);
-        let reason = reason_of(&parse);
-        assert_eq!(reason, "code 27 CANNOT_PARSE_INPUT_ASSERTION_FAILED");
-        assert!(!reason.contains("secret"), "an exception quotes the data");
-    }
-
-    #[test]
-    fn rows_are_known_by_their_event() {
-        let text = "{\"batch\":\"b\",\"event_id\":\"a\"}\n{\"batch\":\"b\"}\n{\"event_id\":\"c\"}\n";
-        let lines = Lines::of(Bytes::from_static(text.as_bytes()));
-        assert_eq!((lines.len(), lines.event_id(0), lines.event_id(1)), (3, "a", ""));
-        assert_eq!(&lines.only(&[2]).text[..], b"{\"event_id\":\"c\"}\n");
-    }
 
     #[test]
     fn waits_grow_to_a_limit() {

@@ -98,14 +98,12 @@ impl StoreService {
             };
             let samples = RowSender::new(samples, sender.database_client());
             let timings = RowSender::new(timings, sender.database_client());
-            let (rows, (), ()) = tokio::join!(
-                sender.run(stopped.clone()),
-                samples.run(stopped.clone()),
-                timings.run(stopped)
-            );
-            if let Err(error) = rows {
-                tracing::error!(%error, "nothing is stored; rows wait in the spool");
-            }
+            let rows = async {
+                if let Err(error) = sender.run(stopped.clone()).await {
+                    tracing::error!(%error, "nothing is stored; rows wait in the spool");
+                }
+            };
+            tokio::join!(rows, samples.run(stopped.clone()), timings.run(stopped.clone()));
             if let Some(engine) = engine {
                 engine.stop().await;
             }

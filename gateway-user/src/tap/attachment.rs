@@ -1,7 +1,7 @@
 //! Which cgroups the probe is attached to, and whether these are still the right ones: a container that restarts comes back in another.
 
 use super::attacher::{Attacher, Helper};
-use super::cgroup::{Hierarchy, Located};
+use super::cgroup::{Cgroup, Hierarchy, How, Located};
 use super::error::TapError;
 use super::link::Programs;
 use crate::config::CgroupChoice;
@@ -67,7 +67,7 @@ impl Attachment {
 
     /// The directories of the cgroups that are watched.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
-        self.now.cgroups.iter().map(super::cgroup::Cgroup::path)
+        self.now.cgroups.iter().map(Cgroup::path)
     }
 
     /// Looks whether the place is still right, and moves the probe if it is not. Reads `/proc` and the cgroup file system, some
@@ -85,7 +85,9 @@ impl Attachment {
                 .map(|cgroup| cgroup.id())
                 .collect::<Vec<_>>()
         };
-        if ids(&right) == ids(&self.now) {
+        // Where a listener's cgroup cannot be told any more, the one that it was found in is still the best answer, while it exists.
+        let keeps = right.how == How::OutOfSight && self.now.cgroups.iter().all(Cgroup::exists);
+        if keeps || ids(&right) == ids(&self.now) {
             return Ok(Change::None);
         }
         if self.attacher.can_follow() {
@@ -95,9 +97,7 @@ impl Attachment {
         }
         // Attached to more than is needed, the probe sees what it should.
         let covered = right.cgroups.iter().all(|cgroup| {
-            let outer = |watched: &super::cgroup::Cgroup| {
-                watched.exists() && cgroup.path().starts_with(watched.path())
-            };
+            let outer = |watched: &Cgroup| watched.exists() && cgroup.path().starts_with(watched.path());
             self.now.cgroups.iter().any(outer)
         });
         Ok(if covered { Change::None } else { Change::Stuck })

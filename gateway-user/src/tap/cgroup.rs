@@ -84,7 +84,7 @@ pub enum How {
     Listener,
     /// The process that listens on a watched port is in it, which is nearly always the same.
     Process,
-    /// It is the root, since nobody (that can be seen) listens on the watched ports.
+    /// It is the root, since nobody listens on the watched ports.
     NoListener,
     /// It is the root, since the cgroup of the listener is not to be found below it, or there are too many.
     OutOfSight,
@@ -231,9 +231,12 @@ impl Hierarchy {
     fn of_processes(&self, ports: &[u16]) -> Option<Vec<PathBuf>> {
         let mut paths = Vec::new();
         for &port in ports {
-            let pid = match net::owner_of(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))) {
+            let anywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+            let pid = match net::owner_of(anywhere) {
                 Owner::Process { pid, .. } => pid,
                 Owner::Ourselves => std::process::id(),
+                // Processes of others cannot be looked into once the capabilities are gone.
+                Owner::Unknown if net::is_listened_on(anywhere) => return None,
                 Owner::Unknown => continue,
             };
             let table = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();

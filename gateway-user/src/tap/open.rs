@@ -158,3 +158,16 @@ fn say_where(attachment: &Attachment, what: &'static str) {
         .collect();
     tracing::info!(cgroups = cgroups.join(", "), "{what}");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn its_parts_can_go_to_threads_of_their_own() {
+        fn is_send<T: Send>() {}
+        is_send::<Ring>();
+        is_send::<Counters>();
+        is_send::<Attachment>();
+    }
+}

@@ -122,11 +122,6 @@ impl Stream {
         self.next = ORIGIN + u64::from(first);
     }
 
-    /// Whether anything was seen of it.
-    pub fn has_begun(&self) -> bool {
-        self.first.is_some()
-    }
-
     /// When the sender ended it, if all before that was handed on.
     pub fn ended(&self) -> Option<At> {
         let fin = self.fin.filter(|fin| fin.position <= self.next)?;

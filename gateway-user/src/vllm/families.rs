@@ -73,7 +73,7 @@ impl Latency {
     pub(super) const COUNT: usize = Latency::Decode as usize + 1;
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Family {
     Gauge(Gauge),
     /// With or without `_total`.
@@ -124,13 +124,48 @@ const NAMES: [(&str, Family, u8); 18] = [
 
 /// The meaning and age of a sample's name.
 fn meaning(name: &str) -> Option<(Family, u8)> {
+    entry(name).map(|(_, family, age)| (family, age))
+}
+
+/// What is known of a sample's name.
+fn entry(name: &str) -> Option<(&'static str, Family, u8)> {
     let name = name.strip_prefix(PREFIX)?;
     let (base, is_bucket) = match name.strip_suffix("_bucket") {
         Some(base) => (base, true),
         None => (name.strip_suffix("_total").unwrap_or(name), false),
     };
-    let (_, family, age) = NAMES.iter().find(|(known, ..)| *known == base)?;
-    (matches!(family, Family::Latency(_)) == is_bucket).then_some((*family, *age))
+    let (known, family, age) = NAMES.iter().find(|(known, ..)| *known == base)?;
+    (matches!(family, Family::Latency(_)) == is_bucket).then_some((*known, *family, *age))
+}
+
+/// Which of the families that this program reads a page has: each under its newest name, and under the name that the page has for it.
+/// A page that shows one under both has it under the newest.
+pub fn names_in(page: &str) -> BTreeMap<&'static str, &'static str> {
+    let mut found = BTreeMap::new();
+    let names = exposition::samples(page).flatten().map(|sample| sample.name);
+    // A histogram has a dozen samples of one name.
+    for name in names.collect::<std::collections::BTreeSet<_>>() {
+        let Some((known, family, age)) = entry(name) else {
+            continue;
+        };
+        let newest = newest_name(family).unwrap_or(known);
+        if age == 0 {
+            found.insert(newest, known);
+        } else {
+            found.entry(newest).or_insert(known);
+        }
+    }
+    found
+}
+
+/// The newest names of all families that this program reads.
+pub fn newest_names() -> impl Iterator<Item = &'static str> {
+    NAMES.iter().filter(|(.., age)| *age == 0).map(|(name, ..)| *name)
+}
+
+fn newest_name(family: Family) -> Option<&'static str> {
+    let same = |(_, other, age): &&(&str, Family, u8)| *other == family && *age == 0;
+    NAMES.iter().find(same).map(|(name, ..)| *name)
 }
 
 /// What all of vLLM's names begin with.
@@ -436,6 +471,25 @@ mod tests {
         assert_eq!(model.engines[""].success(), None);
         assert_eq!(model.engines[""].latency(Latency::Ttft), None);
         assert_eq!(model.engine_count(), 1);
+    }
+
+    #[test]
+    fn a_page_tells_under_which_names_it_has_a_family() {
+        let real = include_str!("../../tests/fixtures/vllm-0.32.0/metrics_after.prom");
+        let found = names_in(real);
+        assert!(found.iter().all(|(newest, name)| newest == name), "{found:?}");
+        assert!(newest_names().all(|name| found.contains_key(name)), "{found:?}");
+        let old = names_in(concat!(
+            "vllm:gpu_cache_usage_perc{model_name=\"m\"} 0\n",
+            "vllm:gpu_prefix_cache_hits_total{model_name=\"m\"} 0\n",
+            "vllm:prefix_cache_hits_total{model_name=\"m\"} 0\n",
+            "vllm:time_to_first_token_seconds_sum{model_name=\"m\"} 0\n",
+        ));
+        let expected = [
+            ("kv_cache_usage_perc", "gpu_cache_usage_perc"),
+            ("prefix_cache_hits", "prefix_cache_hits"),
+        ];
+        assert_eq!(old, expected.into(), "of a histogram only the buckets are read");
     }
 
     #[test]

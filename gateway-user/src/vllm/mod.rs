@@ -2,6 +2,7 @@
 //!
 //! * [`exposition`] reads Prometheus' text format, [`families`] knows which of vLLM's families means what.
 //! * [`delta`] compares two pages: differences of counters, percentiles out of differences of histograms.
+//! * [`fetch`] asks a server one thing on a connection of its own.
 //! * [`scrape`] fetches, remembers the page before, and hands out [`SystemSample`]s.
 //!
 //! Promises: what a server does not say is unknown (`None`), never 0; a difference is exact or unknown; a scrape that failed is told as
@@ -13,6 +14,7 @@
 pub mod delta;
 pub mod exposition;
 pub mod families;
+pub mod fetch;
 mod sample;
 pub mod scrape;
 

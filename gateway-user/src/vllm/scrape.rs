@@ -2,20 +2,16 @@
 
 use super::delta::Growth;
 use super::families::{Model, Page, PageError};
+use super::fetch::{self, FetchError};
 use super::{SampleSink, SystemSample};
 use crate::config::{UpstreamConfig, UpstreamUrl};
 use crate::metrics::ScrapeMetrics;
-use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
+use hyper::StatusCode;
 use hyper::body::Bytes;
-use hyper::client::conn::http1;
-use hyper::header::{ACCEPT, ACCEPT_ENCODING, CONNECTION, HOST, USER_AGENT};
-use hyper::{Request, StatusCode};
-use hyper_util::rt::TokioIo;
+use hyper::header::{ACCEPT, ACCEPT_ENCODING};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::net::TcpStream;
-use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 /// Where vLLM's families are.
@@ -220,34 +216,24 @@ fn wall_ms() -> i64 {
 
 /// Gets the page on a connection of its own: scrapes are farther apart than vLLM keeps an idle connection.
 async fn fetch(url: &UpstreamUrl, limits: Limits) -> Result<Bytes, ScrapeError> {
-    let connecting = timeout(limits.connect, TcpStream::connect((url.host(), url.port()))).await;
-    let stream = connecting
-        .unwrap_or_else(|late| Err(late.into()))
-        .map_err(ScrapeError::Connect)?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
-    // Dropped at the end of this function, also when the timeout ends it, it takes the connection with it.
-    let mut driver = JoinSet::new();
-    driver.spawn(connection);
-    let request = Request::get(PATH)
-        .header(HOST, url.authority())
-        .header(USER_AGENT, concat!("vllm-gateway/", env!("CARGO_PKG_VERSION")))
+    let request = fetch::get(url, PATH)
         .header(ACCEPT, "text/plain;version=0.0.4")
-        .header(ACCEPT_ENCODING, "identity")
-        .header(CONNECTION, "close")
-        .body(Empty::<Bytes>::new())
-        .map_err(broken)?;
-    let response = sender.send_request(request).await.map_err(broken)?;
-    if response.status() != StatusCode::OK {
-        return Err(ScrapeError::Status(response.status()));
+        .header(ACCEPT_ENCODING, "identity");
+    let answer = fetch::send(url, request, Bytes::new(), limits.connect).await?;
+    if answer.status() != StatusCode::OK {
+        return Err(ScrapeError::Status(answer.status()));
     }
-    let body = Limited::new(response.into_body(), limits.body_bytes_max)
-        .collect()
-        .await;
-    let body = body.map_err(|error| match error.downcast::<LengthLimitError>() {
-        Ok(_) => ScrapeError::TooLarge(limits.body_bytes_max),
-        Err(error) => ScrapeError::Broken(error),
-    })?;
-    Ok(body.to_bytes())
+    Ok(answer.body(limits.body_bytes_max).await?)
+}
+
+impl From<FetchError> for ScrapeError {
+    fn from(error: FetchError) -> ScrapeError {
+        match error {
+            FetchError::Connect(source) => ScrapeError::Connect(source),
+            FetchError::Broken(source) => ScrapeError::Broken(source),
+            FetchError::TooLarge(bytes_max) => ScrapeError::TooLarge(bytes_max),
+        }
+    }
 }
 
 fn broken(error: impl std::error::Error + Send + Sync + 'static) -> ScrapeError {

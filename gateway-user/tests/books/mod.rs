@@ -24,8 +24,14 @@ pub struct Trial {
     pub load: &'static [&'static str],
     /// Further options of the simulator that generates text.
     pub sim: &'static [&'static str],
-    /// Further configuration of the gateway.
+    /// Further configuration of the gateway. With `capture: tap` the load goes straight to the server that generates text.
     pub yaml: &'static str,
+}
+
+impl Trial {
+    fn is_direct(&self) -> bool {
+        self.yaml.contains("capture: tap")
+    }
 }
 
 /// One request as its client saw it: a line of `--records`, as far as it matters here.
@@ -139,8 +145,18 @@ impl Books {
             "--introspect",
             "--instant",
         ]);
-        let gateway = TestGateway::before(generate.addr, Some(embed.addr), trial.yaml);
-        let seen = load(&gateway, trial);
+        let (gateway, target) = if trial.is_direct() {
+            let upstream = format!(
+                "upstreams: [{{name: chat, url: \"{}\", serves: generate}}]\n",
+                generate.url()
+            );
+            (TestGateway::tapping(&(upstream + trial.yaml)), generate.url())
+        } else {
+            let gateway = TestGateway::before(generate.addr, Some(embed.addr), trial.yaml);
+            let target = gateway.url();
+            (gateway, target)
+        };
+        let seen = load(&target, trial);
         assert_eq!(
             seen.len(),
             trial.requests,
@@ -203,13 +219,13 @@ fn join(
     rows
 }
 
-/// Runs the load generator against `gateway` and reads its records.
-fn load(gateway: &TestGateway, trial: &Trial) -> Vec<Seen> {
+/// Runs the load generator against `target` and reads its records.
+fn load(target: &str, trial: &Trial) -> Vec<Seen> {
     let records = Scratch::file(&format!("records-{}.jsonl", trial.seed));
     let mut command = Command::new(env!("CARGO_BIN_EXE_vllm-load"));
     command.args([
         "--url",
-        &gateway.url(),
+        target,
         "--model",
         MODELS[0],
         "--embeddings-model",

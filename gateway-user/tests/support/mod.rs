@@ -17,7 +17,12 @@ use vllm_gateway::config::Config;
 use vllm_gateway::event::{EventSink, RequestEvent};
 use vllm_gateway::gateway::{self, Gateway};
 use vllm_gateway::ledger::{Segment, SegmentRow, Window};
+#[cfg(target_os = "linux")]
+use vllm_gateway::tap::Tap;
+use vllm_gateway::tap::agent::Source;
 
+pub mod front;
+pub mod installed;
 pub mod upstream;
 
 /// How long a test waits for something that must happen. Far above what it takes, for a busy machine.
@@ -144,6 +149,10 @@ impl Collector {
     }
 }
 
+fn parse(yaml: &str) -> Config {
+    Config::parse("test.yaml", yaml, &|_| None).unwrap_or_else(|error| panic!("{error}"))
+}
+
 /// A gateway inside the test's process, on threads of its own.
 pub struct TestGateway {
     /// Where clients connect.
@@ -159,8 +168,22 @@ pub struct TestGateway {
 impl TestGateway {
     /// Starts one with this configuration (YAML) on free ports; `gateway.listen` and `admin.listen` are set by this function.
     pub fn start(yaml: &str) -> TestGateway {
-        let mut config =
-            Config::parse("test.yaml", yaml, &|_| None).unwrap_or_else(|error| panic!("{error}"));
+        TestGateway::of(parse(yaml), None)
+    }
+
+    /// Starts one with a kernel probe on the ports of its upstreams; `capture: tap` has no address for clients, and then `addr` is unspecified.
+    /// Panics where the probe cannot be loaded: these tests need root and a kernel.
+    #[cfg(target_os = "linux")]
+    pub fn tapping(yaml: &str) -> TestGateway {
+        let mut config = parse(yaml);
+        // The tests' own process keeps its capabilities, and the servers stay where they are.
+        config.tap.reattach = false;
+        let tap = Tap::attach(&config, Command::new("nothing")).unwrap_or_else(|error| panic!("{error}"));
+        let source = tap.into_source(&config);
+        TestGateway::of(config, Some(source))
+    }
+
+    fn of(mut config: Config, source: Option<Box<dyn Source>>) -> TestGateway {
         config.gateway.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         config.admin.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         let events = Arc::new(Collector::default());
@@ -169,8 +192,9 @@ impl TestGateway {
             ..Outlets::default()
         };
         let listeners = gateway::bind_for_clients(&config).expect("a free port");
-        let gateway = Gateway::build(config, listeners, outlets, None).expect("it starts");
-        let (addr, admin) = (gateway.client_addr().expect("an address"), gateway.admin_addr());
+        let gateway = Gateway::build(config, listeners, outlets, source).expect("it starts");
+        let none = SocketAddr::from(([0, 0, 0, 0], 0));
+        let (addr, admin) = (gateway.client_addr().unwrap_or(none), gateway.admin_addr());
         let (stop, stopped) = oneshot::channel();
         let running = std::thread::spawn(move || {
             let runtime = gateway.runtime().expect("a runtime");

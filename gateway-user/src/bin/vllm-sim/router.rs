@@ -128,10 +128,15 @@ impl Site {
         if request.method().as_str() != wanted && !ping {
             return self.heads.method_not_allowed(wanted);
         }
-        if wanted == "GET" {
-            return self.answer_get(route).await;
-        }
         let given_id = request.headers().get(REQUEST_ID).cloned();
+        if wanted == "GET" {
+            let mut response = self.answer_get(route).await;
+            // With the option, vLLM's server puts the header on every answer, whatever the route.
+            if let Some(id) = given_id.filter(|_| self.options.request_id_headers) {
+                response.headers_mut().insert(REQUEST_ID, id);
+            }
+            return response;
+        }
         let fault = match route {
             Route::Generate(_) | Route::Pool(_) => match self.faults.draw(request.headers()) {
                 Ok(fault) => fault,

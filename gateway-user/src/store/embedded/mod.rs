@@ -47,3 +47,4 @@ mod upload;
 pub use child::{EmbeddedError, EmbeddedOptions, EmbeddedServer};
 pub use command::{CommandError, EmbeddedArgs, run};
 pub use library::{CHDB_VERSION, LibraryError, find_library};
+pub use official::find_program;

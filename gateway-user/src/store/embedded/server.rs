@@ -4,6 +4,7 @@ use super::answer::{AnswerBody, Face};
 use super::engine::EngineError;
 use super::execute::Executor;
 use super::request::Asked;
+use crate::connections::{Bounds, serve_connections};
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
@@ -15,9 +16,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::sync::watch;
 
 /// Connections at a time; the rest waits in the backlog. Above the places for queries and those who wait for one.
 const CONNECTIONS_MAX: usize = 1024;
@@ -27,9 +26,6 @@ const HEAD_READ_LIMIT: Duration = Duration::from_secs(30);
 
 /// For queries in progress, once the process is told to end. An insert that is cut off is sent again by the spool.
 const GRACE: Duration = Duration::from_secs(8);
-
-/// After an accept that failed for want of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Who may ask. There is one user.
 #[derive(Clone)]
@@ -73,25 +69,15 @@ impl HttpFace {
     }
 
     /// Serves until `stop` holds true; then queries in progress have 8 seconds.
-    pub async fn serve(self, listener: TcpListener, mut stop: watch::Receiver<bool>) {
+    pub async fn serve(self, listener: TcpListener, stop: watch::Receiver<bool>) {
         let face = Arc::new(self);
-        let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let mut connections = JoinSet::new();
+        let bounds = Bounds {
+            connections_max: CONNECTIONS_MAX,
+            grace: GRACE,
+        };
         let stopped = stop.clone();
-        {
-            let mut stopping = pin!(stop.wait_for(|stop| *stop));
-            loop {
-                tokio::select! {
-                    _ = &mut stopping => break,
-                    Some(_) = connections.join_next() => {}
-                    (stream, permit) = accept(&listener, &permits) => {
-                        connections.spawn(connection(stream, Arc::clone(&face), stopped.clone(), permit));
-                    }
-                }
-            }
-        }
-        drop(listener);
-        let _ = timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
+        let serve = |stream| connection(stream, Arc::clone(&face), stopped.clone());
+        serve_connections(listener, "embedded ClickHouse", bounds, stop, serve).await;
     }
 
     async fn answer(&self, request: Request<Incoming>) -> Response<AnswerBody> {
@@ -142,30 +128,7 @@ fn plain(status: StatusCode, text: &str) -> Response<AnswerBody> {
     response
 }
 
-/// The next connection, once there is room for it.
-async fn accept(listener: &TcpListener, permits: &Arc<Semaphore>) -> (TcpStream, OwnedSemaphorePermit) {
-    loop {
-        let Ok(permit) = Arc::clone(permits).acquire_owned().await else {
-            // The semaphore is never closed, so this waits for nothing.
-            std::future::pending::<()>().await;
-            continue;
-        };
-        match listener.accept().await {
-            Ok((stream, _)) => return (stream, permit),
-            Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
-}
-
-async fn connection(
-    stream: TcpStream,
-    face: Arc<HttpFace>,
-    mut stop: watch::Receiver<bool>,
-    permit: OwnedSemaphorePermit,
-) {
+async fn connection(stream: TcpStream, face: Arc<HttpFace>, mut stop: watch::Receiver<bool>) {
     // Small answers must not wait for the acknowledgement of the one before.
     let _ = stream.set_nodelay(true);
     let service = service_fn(move |request: Request<Incoming>| {
@@ -181,12 +144,11 @@ async fn connection(
     let mut connection = pin!(connection);
     // How a connection ends is the client's affair.
     tokio::select! {
-        _ = &mut connection => return drop(permit),
+        _ = &mut connection => return,
         _ = stop.wait_for(|stop| *stop) => {}
     }
     connection.as_mut().graceful_shutdown();
     let _ = connection.await;
-    drop(permit);
 }
 
 #[cfg(test)]

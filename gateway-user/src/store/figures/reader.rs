@@ -3,8 +3,9 @@
 use super::error::ReadError;
 use super::{Dimension, Figures, Group, GroupedFigures, Percentiles, Period};
 use crate::config::{StoreConfig, StoreUrl};
+use crate::store::exception::{WaitCause, code_of, reason_of};
 use crate::store::migrate;
-use crate::store::sender::{self, code_of, reason_of};
+use crate::store::sender;
 use crate::store::service::url_of;
 use crate::wire::endpoint::{Endpoint, Purpose};
 use clickhouse::error::Error;
@@ -136,7 +137,7 @@ impl FiguresReader {
                     found,
                 }
             }
-            (Some(code), _) if sender::NO_SCHEMA.contains(&code) => {
+            _ if WaitCause::of(error) == WaitCause::NoSchema => {
                 ReadError::NoDatabase { url, database, found }
             }
             (_, Error::Network(_) | Error::TimedOut) => self.no_answer(innermost(error)),

@@ -34,18 +34,20 @@
 //! Nothing here knows ClickHouse, or sends anything. The journal does not count against `spool.max_bytes`: it is bounded by the
 //! requests in flight. Directories are locked with `flock`, which some network file systems do not share between machines.
 
-mod directory;
+pub(crate) mod directory;
 pub mod embedded;
+mod exception;
 pub mod figures;
 mod journal;
 mod keeper;
+mod lines;
 pub mod migrate;
 mod names;
 pub mod queue;
 mod recover;
 mod scan;
 mod sealed;
-mod segment;
+pub(crate) mod segment;
 pub mod sender;
 pub mod service;
 mod spool;
@@ -54,7 +56,9 @@ mod supply;
 #[cfg(test)]
 mod testing;
 pub mod waiting;
+mod windows;
 
+pub use exception::WaitCause;
 pub use names::BatchId;
 pub use sealed::Batch;
 pub use spool::{Spool, Ticket};

@@ -75,6 +75,16 @@ impl DirLock {
     }
 }
 
+/// Who uses a directory right now, as far as it is known; `None` when nobody does, or none has ever.
+pub fn user_of(dir: &Path) -> Option<String> {
+    // Read only: it must not look like a gateway, nor need its rights.
+    let mut file = File::open(dir.join(LOCK_FILE)).ok()?;
+    match file.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => Some(holder(&mut file)),
+        _ => None,
+    }
+}
+
 fn holder(file: &mut File) -> String {
     let mut text = String::new();
     let read = file
@@ -200,6 +210,10 @@ mod tests {
         let dir = TempDir::new();
         let held = DirLock::acquire(dir.path()).expect("it is free");
         assert!(DirLock::try_existing(dir.path()).is_none());
+        assert_eq!(
+            user_of(dir.path()),
+            Some(format!("process {}", std::process::id()))
+        );
         let refused = DirLock::acquire(dir.path())
             .err()
             .expect("it is taken")
@@ -209,6 +223,7 @@ mod tests {
             "{refused}"
         );
         drop(held);
+        assert_eq!(user_of(dir.path()), None);
         assert!(DirLock::try_existing(dir.path()).is_some());
     }
 
