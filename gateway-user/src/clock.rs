@@ -17,13 +17,15 @@ pub fn now() -> At {
     At(seconds.unwrap_or(0) * NANOS_PER_SECOND + nanos.unwrap_or(0))
 }
 
+/// Wall time now, in microseconds since 1970.
+pub fn wall_now_us() -> i64 {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since_1970.as_micros()).unwrap_or(i64::MAX)
+}
+
 /// Wall time at the monotonic reading `at`, in microseconds since 1970, as far as the wall clock is right now.
 pub fn wall_us(at: At) -> i64 {
-    let wall = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_micros();
-    i64::try_from(wall).unwrap_or(i64::MAX) - i64::try_from(now().micros_since(at)).unwrap_or(0)
+    wall_now_us() - i64::try_from(now().micros_since(at)).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use support::eventually;
 use vllm_gateway::config::{Secret, SpoolConfig};
 use vllm_gateway::store::embedded::{EmbeddedOptions, EmbeddedServer};
 use vllm_gateway::store::migrate::{self, Layout};
-use vllm_gateway::store::{Store, waiting::Waiting};
+use vllm_gateway::store::{Store, Waiting};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vllm-gateway");
 

@@ -2,8 +2,8 @@
 
 use super::{Check, Part, State};
 use crate::config::{ByteSize, SpoolConfig};
-use crate::store::directory;
-use crate::store::segment::Segment;
+use crate::store::spool::directory;
+use crate::store::spool::segment::Segment;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -154,7 +154,7 @@ fn rounded(bytes: u64) -> ByteSize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::directory::DirLock;
+    use crate::store::spool::directory::DirLock;
 
     /// A directory that is removed with this.
     struct Scratch(PathBuf);

@@ -4,14 +4,14 @@
 //! system's clock nor ClickHouse has. Days are counted as in Howard Hinnant's `days_from_civil`
 //! (<https://howardhinnant.github.io/date_algorithms.html>).
 
-use crate::store;
+use crate::clock;
 
 const DAY_S: i64 = 86_400;
 const YEARS: std::ops::RangeInclusive<i64> = 1970..=2199;
 
 /// The wall clock.
 pub fn now_us() -> i64 {
-    store::wall_us()
+    clock::wall_now_us()
 }
 
 /// Reads `2026-11-24`, which is its first moment in UTC, or an RFC 3339 time. What is finer than a microsecond is cut off.

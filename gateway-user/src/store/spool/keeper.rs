@@ -1,10 +1,11 @@
 //! The thread behind the spool: it seals, flushes, and keeps segments ready, so that no request has to.
 
 use super::directory;
+use super::lock;
 use super::names::Kind;
+use super::rows::{Active, Spool};
 use super::sealed::Batch;
-use super::spool::{Active, Spool};
-use super::{lock, wall_us};
+use crate::clock;
 use crate::config::Fsync;
 use std::io;
 use std::sync::Arc;
@@ -172,7 +173,7 @@ impl Spool {
             path,
             rows: full.rows,
             bytes,
-            sealed_at_us: wall_us(),
+            sealed_at_us: clock::wall_now_us(),
         })
     }
 

@@ -35,33 +35,23 @@
 //! requests in flight. Directories are locked with `flock`, which some network file systems do not share between machines.
 
 pub(crate) mod directory;
-pub mod embedded;
-mod exception;
-pub mod figures;
 mod journal;
 mod keeper;
-mod lines;
-pub mod migrate;
 mod names;
-pub mod queue;
 mod recover;
+mod rows;
 mod scan;
 mod sealed;
 pub(crate) mod segment;
-pub mod sender;
-pub mod service;
-mod spool;
 mod stats;
 mod supply;
 #[cfg(test)]
 mod testing;
 pub mod waiting;
-mod windows;
 
-pub use exception::WaitCause;
 pub use names::BatchId;
+pub use rows::{Spool, Ticket};
 pub use sealed::Batch;
-pub use spool::{Spool, Ticket};
 pub use stats::{DropCause, SpoolStats};
 
 use crate::config::SpoolConfig;
@@ -72,7 +62,6 @@ use keeper::Keeper;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Row buffers that are kept: more than there are threads that could want one at a time.
 const BUFFERS_MAX: usize = 64;
@@ -201,12 +190,6 @@ fn open_spool(config: &SpoolConfig, gateway: &str) -> Result<Spool, StoreError> 
 /// A lock that a panicking thread leaves usable: what it protects is changed in single steps.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Wall clock, microseconds since 1970.
-pub(crate) fn wall_us() -> i64 {
-    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since_1970.as_micros()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

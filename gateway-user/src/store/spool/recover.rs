@@ -11,7 +11,7 @@ use super::names::{BatchId, Kind, row_prefix};
 use super::scan::{self, Scan};
 use super::sealed::Batch;
 use super::stats::Counters;
-use super::wall_us;
+use crate::clock;
 use crate::event::{Context, RequestEvent};
 use crate::wire::At;
 use crate::wire::endpoint::Endpoint;
@@ -55,7 +55,7 @@ pub fn recover(
         tracing::warn!(dir = %dir.display(), name, "a file in the spool is not the gateway's: it is left alone");
     }
     // Above every boot that left anything, also when the clock was set back.
-    let boot = u64::try_from(wall_us() / 1000)
+    let boot = u64::try_from(clock::wall_now_us() / 1000)
         .unwrap_or(0)
         .max(listing.last_boot() + 1);
     let mut recovery = Recovery {

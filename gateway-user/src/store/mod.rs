@@ -1,0 +1,19 @@
+//! Where rows are kept, and how they get to ClickHouse.
+//!
+//! Requests end in the [spool](Store), on disk, and that is all they wait for. The [sender](sender::Sender) takes batches from there to ClickHouse, each
+//! once; what describes only a moment goes through [queues](queue) in memory. The [service](service::StoreService) is all of it while a gateway runs.
+
+pub mod embedded;
+mod exception;
+pub mod figures;
+mod lines;
+pub mod migrate;
+pub mod queue;
+pub mod sender;
+pub mod service;
+pub(crate) mod spool;
+mod windows;
+
+pub use exception::WaitCause;
+pub use spool::waiting::Waiting;
+pub use spool::{Batch, BatchId, DropCause, Spool, SpoolStats, Store, StoreError, Ticket};
