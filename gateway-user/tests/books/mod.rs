@@ -1,6 +1,5 @@
 //! Three books of the same requests, joined by request id: what the clients saw (`vllm-load --records`), what the gateway wrote
 //! (its events) and what the engines did (`vllm-sim --introspect`).
-#![allow(dead_code, reason = "each test program uses its own part")]
 
 use crate::support::{self, KeptSegment, Sim, TestGateway, eventually, exchange, metric_sum};
 use serde::Deserialize;
