@@ -23,7 +23,7 @@ pub struct Counters {
     pub submitted_bytes: u64,
     /// Payload of lost records, whatever the cause.
     pub lost_bytes: u64,
-    /// Records lost because the ring was full.
+    /// Records lost because the ring was full, and those behind them in the same segment; likewise for the other causes.
     pub lost_ring_full: u64,
     /// Records lost because the kernel would not give their bytes.
     pub lost_load_failed: u64,

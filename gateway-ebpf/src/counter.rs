@@ -34,7 +34,8 @@ impl Direction {
     pub fn here(direction: u8) -> Option<Self> {
         let cpu = unsafe { bpf_get_smp_processor_id() };
         let own = COUNTERS.get_ptr_mut(index(cpu as u32, direction));
-        own.or_else(|| COUNTERS.get_ptr_mut(index(0, direction))).map(Self)
+        own.or_else(|| COUNTERS.get_ptr_mut(index(0, direction)))
+            .map(Self)
     }
 
     /// A packet of ours.

@@ -109,13 +109,18 @@ fn skip_extensions(ctx: &SkBuffContext, mut next: u8) -> Result<u32, Packet> {
         if next == PROTOCOL_TCP {
             return Ok(at);
         }
-        if !matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION) {
+        if !matches!(
+            next,
+            HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION
+        ) {
             return Err(Packet::Other);
         }
         // Whether TCP would have followed is not known.
         let header: [u8; 4] = ctx.load(at as usize).map_err(|_| Packet::Other)?;
         at += match next {
-            FRAGMENT if u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0 => return Err(Packet::Other),
+            FRAGMENT if u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0 => {
+                return Err(Packet::Other);
+            }
             FRAGMENT => 8,
             AUTHENTICATION => (u32::from(header[1]) + 2) * 4,
             _ => (u32::from(header[1]) + 1) * 8,

@@ -36,105 +36,143 @@ pub fn put(ctx: &SkBuffContext, segment: &Segment, direction: u8, limit_bytes: u
         return;
     };
     counters.packet(segment.payload_bytes);
-    let wanted_bytes = segment.payload_bytes.min(limit_bytes);
-    let mut record = Record {
-        time_ns: unsafe { bpf_ktime_get_ns() },
-        client: segment.client,
-        server: segment.server,
-        client_port: segment.client_port,
-        server_port: segment.server_port,
-        sequence: segment.sequence,
-        len_bytes: PART_BYTES,
-        captured_bytes: PART_BYTES,
-        offset_bytes: 0,
-        version: VERSION,
+    let parts = Parts {
+        ctx,
+        segment,
+        counters,
         direction,
-        flags: segment.flags & SYN,
-        reserved: 0,
+        time_ns: unsafe { bpf_ktime_get_ns() },
+        wanted_bytes: segment.payload_bytes.min(limit_bytes),
     };
-    if let Err(loss) = put_parts(ctx, segment, &mut record, wanted_bytes, counters) {
-        let left_bytes = wanted_bytes - record.offset_bytes;
+    if let Err((loss, offset_bytes)) = parts.put() {
+        let left_bytes = parts.wanted_bytes - offset_bytes;
         let records = left_bytes.div_ceil(PART_BYTES).max(1);
-        counters.lost(loss, records, segment.payload_bytes - record.offset_bytes);
+        counters.lost(loss, records, segment.payload_bytes - offset_bytes);
     }
 }
 
-/// On an error `record` is the one that was lost.
-#[inline(always)]
-fn put_parts(
-    ctx: &SkBuffContext,
-    segment: &Segment,
-    record: &mut Record,
+/// A segment on its way into the ring.
+struct Parts<'a> {
+    ctx: &'a SkBuffContext,
+    segment: &'a Segment,
+    counters: Direction,
+    direction: u8,
+    time_ns: u64,
+    /// How much of the payload is to be captured.
     wanted_bytes: u32,
-    counters: Direction,
-) -> Result<(), Loss> {
-    for _ in 1..PARTS_MAX {
-        if wanted_bytes - record.offset_bytes <= PART_BYTES {
-            break;
+}
+
+impl Parts<'_> {
+    /// An error comes with the offset of the first part that was lost.
+    #[inline(always)]
+    fn put(&self) -> Result<(), (Loss, u32)> {
+        // A number of its own, and the last part's offset computed anew below: what the verifier learns in the loop then says nothing about the
+        // last part, which it goes through once, and not once for each number of parts.
+        let parts = opaque(u64::from(self.wanted_bytes.div_ceil(PART_BYTES)));
+        if parts > u64::from(PARTS_MAX) {
+            return Err((Loss::TooLong, 0));
         }
-        submit::<{ PART_BYTES as usize }>(ctx, segment, record, counters)?;
+        let mut offset_bytes = 0;
+        for part in 1..u64::from(PARTS_MAX) {
+            if part >= parts {
+                break;
+            }
+            let mut record = self.record(offset_bytes);
+            record.len_bytes = PART_BYTES;
+            record.captured_bytes = PART_BYTES;
+            self.submit::<{ PART_BYTES as usize }>(&record)?;
+            offset_bytes += PART_BYTES;
+        }
+        self.put_last()
+    }
+
+    /// The last part stands for all that is left, captured or not.
+    #[inline(always)]
+    fn put_last(&self) -> Result<(), (Loss, u32)> {
+        let mut record = self.record(self.wanted_bytes.saturating_sub(1) & !(PART_BYTES - 1));
+        record.len_bytes = self.segment.payload_bytes - record.offset_bytes;
+        record.captured_bytes = self.wanted_bytes - record.offset_bytes;
+        record.flags |= self.segment.flags & (FIN | RST);
+        match record.captured_bytes {
+            0 => self.submit_bare(&record),
+            1..=128 => self.submit::<128>(&record),
+            129..=256 => self.submit::<256>(&record),
+            257..=512 => self.submit::<512>(&record),
+            513..=1024 => self.submit::<1024>(&record),
+            1025..=2048 => self.submit::<2048>(&record),
+            2049..=4096 => self.submit::<4096>(&record),
+            4097..=8192 => self.submit::<8192>(&record),
+            _ => self.submit::<{ PART_BYTES as usize }>(&record),
+        }
+    }
+
+    /// What all parts say alike, and where this one is.
+    #[inline(always)]
+    fn record(&self, offset_bytes: u32) -> Record {
+        let segment = self.segment;
+        let is_first = offset_bytes == 0;
         // The SYN takes a sequence number of its own, before the first byte.
-        let syn = u32::from(record.flags & SYN);
-        record.sequence = record.sequence.wrapping_add(PART_BYTES + syn);
-        record.offset_bytes += PART_BYTES;
-        record.flags = 0;
+        let syn = segment.flags & SYN;
+        let skipped = if is_first {
+            0
+        } else {
+            offset_bytes + u32::from(syn)
+        };
+        Record {
+            time_ns: self.time_ns,
+            client: segment.client,
+            server: segment.server,
+            client_port: segment.client_port,
+            server_port: segment.server_port,
+            sequence: segment.sequence.wrapping_add(skipped),
+            len_bytes: 0,
+            captured_bytes: 0,
+            offset_bytes,
+            version: VERSION,
+            direction: self.direction,
+            flags: if is_first { syn } else { 0 },
+            reserved: 0,
+        }
     }
-    // The last part stands for all that is left, captured or not.
-    record.len_bytes = segment.payload_bytes - record.offset_bytes;
-    record.captured_bytes = wanted_bytes - record.offset_bytes;
-    record.flags |= segment.flags & (FIN | RST);
-    match record.captured_bytes {
-        0 => submit_bare(record, counters),
-        1..=128 => submit::<128>(ctx, segment, record, counters),
-        129..=256 => submit::<256>(ctx, segment, record, counters),
-        257..=512 => submit::<512>(ctx, segment, record, counters),
-        513..=1024 => submit::<1024>(ctx, segment, record, counters),
-        1025..=2048 => submit::<2048>(ctx, segment, record, counters),
-        2049..=4096 => submit::<4096>(ctx, segment, record, counters),
-        4097..=8192 => submit::<8192>(ctx, segment, record, counters),
-        8193..=PART_BYTES => submit::<{ PART_BYTES as usize }>(ctx, segment, record, counters),
-        _ => Err(Loss::TooLong),
-    }
-}
 
-#[inline(always)]
-fn submit_bare(record: &Record, counters: Direction) -> Result<(), Loss> {
-    let mut entry = RECORDS.reserve::<Record>(0).ok_or(Loss::RingFull)?;
-    entry.write(*record);
-    entry.submit(NO_WAKEUP);
-    counters.submitted(record.len_bytes);
-    Ok(())
-}
-
-/// One record with payload: `captured_bytes` is 1 to `N`, a power of two.
-#[inline(always)]
-fn submit<const N: usize>(
-    ctx: &SkBuffContext,
-    segment: &Segment,
-    record: &Record,
-    counters: Direction,
-) -> Result<(), Loss> {
-    let mut entry = RECORDS.reserve::<Entry<N>>(0).ok_or(Loss::RingFull)?;
-    let place = entry.as_mut_ptr();
-    let from = segment.payload_at + record.offset_bytes;
-    // The verifier wants to see that it is neither 0 nor too long, and the compiler knows that and would leave the proof out.
-    let len_bytes = (opaque(u64::from(record.captured_bytes) - 1) & (N as u64 - 1)) + 1;
-    let failed = unsafe {
-        (&raw mut (*place).record).write(*record);
-        bpf_skb_load_bytes(
-            ctx.as_ptr(),
-            from,
-            (&raw mut (*place).bytes).cast(),
-            len_bytes as u32,
-        )
-    };
-    if failed != 0 {
-        entry.discard(NO_WAKEUP);
-        return Err(Loss::LoadFailed);
+    #[inline(always)]
+    fn submit_bare(&self, record: &Record) -> Result<(), (Loss, u32)> {
+        let Some(mut entry) = RECORDS.reserve::<Record>(0) else {
+            return Err((Loss::RingFull, record.offset_bytes));
+        };
+        entry.write(*record);
+        entry.submit(NO_WAKEUP);
+        self.counters.submitted(record.len_bytes);
+        Ok(())
     }
-    entry.submit(NO_WAKEUP);
-    counters.submitted(record.len_bytes);
-    Ok(())
+
+    /// One record with payload: `captured_bytes` is 1 to `N`, a power of two.
+    #[inline(always)]
+    fn submit<const N: usize>(&self, record: &Record) -> Result<(), (Loss, u32)> {
+        let Some(mut entry) = RECORDS.reserve::<Entry<N>>(0) else {
+            return Err((Loss::RingFull, record.offset_bytes));
+        };
+        let place = entry.as_mut_ptr();
+        let from = self.segment.payload_at + record.offset_bytes;
+        // The verifier wants to see that it is neither 0 nor too long, and the compiler knows that and would leave the proof out.
+        let len_bytes = (opaque(u64::from(record.captured_bytes) - 1) & (N as u64 - 1)) + 1;
+        let failed = unsafe {
+            (&raw mut (*place).record).write(*record);
+            bpf_skb_load_bytes(
+                self.ctx.as_ptr(),
+                from,
+                (&raw mut (*place).bytes).cast(),
+                len_bytes as u32,
+            )
+        };
+        if failed != 0 {
+            entry.discard(NO_WAKEUP);
+            return Err((Loss::LoadFailed, record.offset_bytes));
+        }
+        entry.submit(NO_WAKEUP);
+        self.counters.submitted(record.len_bytes);
+        Ok(())
+    }
 }
 
 /// A number of which the compiler knows nothing any more.

@@ -60,6 +60,11 @@ impl Gateway {
             max_teams,
             ..Limits::default()
         })?;
+        // Without a source `auto` has come to be the proxy alone.
+        metrics.capture(match (config.capture, &source) {
+            (Capture::Auto, None) => Capture::Proxy,
+            (capture, _) => capture,
+        });
         let readiness = Readiness::default();
         let admin = AdminServer::bind(config.admin.listen, metrics.clone(), readiness.clone())?;
         let own: Arc<dyn EventSink> = Arc::new(metrics.clone());

@@ -20,6 +20,8 @@ use vllm_gateway::wire::exchange::{Ending, Facts};
 const CHILD: &str = "STORE_KILL_CHILD";
 const ROUNDS: u32 = 20;
 const THREADS: u32 = 3;
+/// How long a child may take until its first request begins.
+const BEGIN_DEADLINE: Duration = Duration::from_secs(60);
 /// A child that nobody kills ends by itself after so many requests a thread.
 const REQUESTS_MAX: u32 = 200_000;
 
@@ -92,14 +94,25 @@ fn killed_child(round: u32, dir: &Path) -> Vec<String> {
         .expect("it starts");
     let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
     let patience = Duration::from_micros(rand::rng().random_range(2_000..150_000));
+    let (begin, begun) = std::sync::mpsc::channel();
     let reader = std::thread::spawn(move || {
         let (mut lines, mut line) = (Vec::new(), String::new());
         while stdout.read_line(&mut line).is_ok_and(|read| read > 0) {
+            if line.starts_with("begun ") {
+                // Only the first is waited for, if any is.
+                let _ = begin.send(());
+            }
             lines.extend(line.strip_suffix('\n').map(str::to_owned));
             line.clear();
         }
         lines
     });
+    // Every other child is killed while requests are on their way, however slow the machine; the others maybe while they start.
+    if round % 2 == 1 {
+        begun
+            .recv_timeout(BEGIN_DEADLINE)
+            .expect("requests begin in time");
+    }
     // Not a wait for something to happen: the moment of the kill is what is tried out.
     std::thread::park_timeout(patience);
     child.kill().expect("it can be killed");

@@ -4,7 +4,6 @@
 //! The object lies in the repository beside a digest of the sources that it was made of, and a test fails when they part. Two
 //! compilers differ in the object that they make, so that the object's own digest only says that it is the one that was built with them.
 
-use std::env;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -86,7 +85,7 @@ const FOR_DEBIANS_LINKER: [Tool; 4] = [
 /// When there is no compiler for it and none can be installed, or when it does not compile.
 pub fn run(root: &Path) -> Result<()> {
     let toolchain = Toolchain::find()?;
-    toolchain.ensure_linker()?;
+    toolchain.ensure_linker(root)?;
     let mut build = toolchain.cargo();
     build
         .current_dir(root.join("gateway-ebpf"))
@@ -128,14 +127,14 @@ impl Toolchain {
         Ok(Toolchain::Debian)
     }
 
-    fn ensure_linker(&self) -> Result<()> {
+    fn ensure_linker(&self, root: &Path) -> Result<()> {
         let probe = Command::new("bpf-linker").arg("--version").output();
         if probe.is_ok_and(|output| output.status.success()) {
             return Ok(());
         }
         println!("installing bpf-linker {LINKER_VERSION}");
         // With the compiler that is in use here; the probe's own one does not matter to it.
-        let mut install = stage_cargo();
+        let mut install = stage::cargo(root);
         install.args(["install", "bpf-linker", "--locked", "--version", LINKER_VERSION]);
         if matches!(self, Toolchain::Debian) {
             tools::ensure_installed(&FOR_DEBIANS_LINKER)?;
@@ -171,11 +170,6 @@ impl Toolchain {
         }
         command
     }
-}
-
-/// The cargo that runs us.
-fn stage_cargo() -> Command {
-    Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
 fn has_nightly_sources() -> bool {
@@ -255,7 +249,7 @@ mod tests {
 
     #[test]
     fn a_digest_tells_files_apart_by_name_place_and_content() {
-        let base = env::temp_dir().join(format!("xtask-digest-{}", std::process::id()));
+        let base = std::env::temp_dir().join(format!("xtask-digest-{}", std::process::id()));
         let digest = |name: &str, content: &str| {
             for directory in ["gateway-ebpf/src", "gateway-common/src"] {
                 fs::create_dir_all(base.join(directory)).expect("a directory");

@@ -24,13 +24,20 @@ pub struct Tool {
 }
 
 /// What the tests call.
-pub const FOR_TESTS: [Tool; 2] = [
+pub const FOR_TESTS: [Tool; 3] = [
     Tool {
         name: "promtool",
         probe: &["promtool", "--version"],
         debian_package: "prometheus",
         brew_formula: "prometheus",
         needed_by: "the tests of the metrics page and of the alert rules",
+    },
+    Tool {
+        name: "ip",
+        probe: &["ip", "-Version"],
+        debian_package: "iproute2",
+        brew_formula: "iproute2mac",
+        needed_by: "the test of the kernel probe in a network namespace",
     },
     Tool {
         name: "python3 with venv",

@@ -17,8 +17,8 @@ pub struct TapConfig {
     pub ports: Vec<u16>,
     /// Whose sockets are watched. Default `auto`.
     pub cgroup: CgroupChoice,
-    /// Size of the ring between kernel and gateway, a power of two. Default 16 MiB: the gateway may be held up for a third of a second at
-    /// 50 000 records a second, 640 bytes each (an event of a stream has 300), and still loses none.
+    /// Size of the ring between kernel and gateway, a power of two. Default 16 MiB: at 50 000 records a second (an event of
+    /// a stream has some 300 bytes, and takes 584 in the ring) the gateway may be held up for half a second and still loses none.
     pub ring_bytes: ByteSize,
     /// How much of each packet to a server is captured; its true length is always known. Default 16 KiB: whole heads, and small bodies.
     pub ingress_prefix_bytes: ByteSize,

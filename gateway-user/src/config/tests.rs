@@ -586,6 +586,50 @@ fn the_program_asks_for_the_documented_variables_and_no_others() {
     assert_eq!(asked.into_inner(), env::VARIABLES);
 }
 
+#[test]
+fn the_tap_is_told_what_to_watch() {
+    let text = "tap: {ports: [8000, 9000], cgroup: 'unit:vllm.service', ring_bytes: 1MiB, ingress_prefix_bytes: 4KiB, reattach: false, \
+                poll_interval: 1ms}";
+    let expected = TapConfig {
+        ports: vec![8000, 9000],
+        cgroup: CgroupChoice::Unit("vllm.service".into()),
+        ring_bytes: ByteSize::from_mib(1),
+        ingress_prefix_bytes: ByteSize::from_kib(4),
+        reattach: false,
+        poll_interval: Duration::from_millis(1),
+    };
+    assert_eq!(parse(text).unwrap().tap, expected);
+    let config = with_env(text, &[("GATEWAY_TAP_CGROUP", "/vllm.slice")]).unwrap();
+    assert_eq!(config.tap.cgroup, CgroupChoice::Path("/vllm.slice".into()));
+}
+
+#[test]
+fn a_tap_that_could_not_work_is_refused() {
+    for (setting, reason) in [
+        ("ports: [0]", "it must be from 1 to 65535"),
+        ("ports: ['80']", "write it without quotes"),
+        ("ports: [70000]", "it must be from 1 to 65535"),
+        (
+            "ring_bytes: 3MiB",
+            "expected a power of two from 64KiB to 1GiB, found 3MiB",
+        ),
+        (
+            "ring_bytes: 32KiB",
+            "expected a power of two from 64KiB to 1GiB, found 32KiB",
+        ),
+        ("ingress_prefix_bytes: 100B", "a request's head must fit"),
+        ("poll_interval: 0s", "expected more than 0s, found 0s"),
+        ("poll_interval: 1s", "the ring would fill up meanwhile"),
+    ] {
+        let (key, _) = setting.split_once(':').unwrap();
+        check_refused(
+            &format!("tap: {{{setting}}}"),
+            &format!("c.yaml:1: `tap.{key}"),
+            reason,
+        );
+    }
+}
+
 fn summary(config: &Config) -> Vec<String> {
     config
         .upstreams

@@ -36,7 +36,7 @@ const INGRESS_PREFIX_MIN: ByteSize = ByteSize::from_kib(1);
 /// Packets are hardly ever longer.
 const INGRESS_PREFIX_MAX: ByteSize = ByteSize::from_kib(512);
 
-/// At 50 000 records a second the default ring is full after a third of a second.
+/// At 50 000 records a second the default ring is full after half a second, and the smallest one after two milliseconds.
 const POLL_MAX: Duration = Duration::from_millis(100);
 
 /// Headers that name nobody: those of the connection and the framing, which the proxy itself acts on, and those that carry

@@ -59,6 +59,7 @@ pub(super) struct Families {
     pub(super) dropped: IntCounterVec,
     pub(super) scrape: ScrapeFamilies,
     pub(super) build_info: GaugeVec,
+    pub(super) capture: GaugeVec,
     pub(super) start_time: Gauge,
 }
 
@@ -92,6 +93,7 @@ impl Families {
             dropped: of.counter("gateway_dropped_total", "Entries that a queue of the gateway lost, by cause.", &["queue", "cause"])?,
             scrape: ScrapeFamilies::registered_by(&of)?,
             build_info: of.keep(GaugeVec::new(Opts::new("gateway_build_info", "1; the labels say which build runs."), &["version", "revision"])?)?,
+            capture: of.keep(GaugeVec::new(Opts::new("gateway_capture_info", "1; the label says where requests are seen: proxy, proxy+tap or tap."), &["mode"])?)?,
             start_time: of.keep(Gauge::new("gateway_start_time_seconds", "When the gateway started, in seconds since 1970.")?)?,
         })
     }

@@ -23,6 +23,7 @@ mod tests;
 pub use handles::{InflightGuard, QueueMetrics, UpstreamMetrics};
 pub use scrape::ScrapeMetrics;
 
+use crate::config::Capture;
 use crate::event::{EventSink, RequestEvent};
 use crate::store::service::StoreCounts;
 use crate::tap::agent::Agent;
@@ -103,6 +104,15 @@ impl Metrics {
         Ok(Metrics {
             inner: Arc::new(inner),
         })
+    }
+
+    /// Says where requests are seen.
+    pub fn capture(&self, capture: Capture) {
+        self.inner
+            .families
+            .capture
+            .with_label_values(&[capture.as_str()])
+            .set(1.0);
     }
 
     /// Keeps a label for a team of the configuration, however many strangers come first.

@@ -22,6 +22,7 @@ pub(super) struct StoreFamilies {
     dropped: IntCounterVec,
     quarantined: IntCounter,
     torn: IntCounter,
+    foreign: IntCounter,
     crashed: IntCounter,
     spare_misses: IntCounter,
     disk_failures: IntCounter,
@@ -49,6 +50,7 @@ impl StoreFamilies {
             dropped: IntCounterVec::new(Opts::new("gateway_spool_dropped_rows_total", "Rows that were lost, by cause."), &["cause"])?,
             quarantined: IntCounter::new("gateway_spool_quarantined_rows_total", "Rows put aside because ClickHouse refuses them.")?,
             torn: IntCounter::new("gateway_spool_torn_total", "Torn pieces of rows put aside at the start.")?,
+            foreign: IntCounter::new("gateway_spool_foreign_files_total", "Files found in the spool at the start that are not the gateway's, and are left alone.")?,
             crashed: IntCounter::new("gateway_crashed_requests_total", "Requests that an earlier run left in flight when it was killed.")?,
             spare_misses: IntCounter::new("gateway_spool_spare_misses_total", "Times that a request had to make its own segment.")?,
             disk_failures: IntCounter::new("gateway_spool_disk_failures_total", "Times that the disk would not take what it should.")?,
@@ -63,7 +65,7 @@ impl StoreFamilies {
         })
     }
 
-    fn all(&self) -> [&dyn Collector; 20] {
+    fn all(&self) -> [&dyn Collector; 21] {
         [
             &self.spool_bytes,
             &self.spool_files,
@@ -74,6 +76,7 @@ impl StoreFamilies {
             &self.dropped,
             &self.quarantined,
             &self.torn,
+            &self.foreign,
             &self.crashed,
             &self.spare_misses,
             &self.disk_failures,
@@ -126,6 +129,7 @@ impl StoreFamilies {
         }
         raise(&self.quarantined, stats.quarantined);
         raise(&self.torn, stats.torn);
+        raise(&self.foreign, stats.foreign);
         raise(&self.crashed, stats.crashed);
         raise(&self.spare_misses, stats.spare_misses);
         raise(&self.disk_failures, stats.failures);

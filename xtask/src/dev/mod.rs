@@ -26,7 +26,7 @@ use self::children::{Children, Interrupt, Service, Waited};
 use self::ports::{BASES, Ports, USUAL_BASE};
 use self::services::Plan;
 use self::state::{Claim, Entry, StateDir};
-use crate::{clickhouse, stage, tools};
+use crate::{clickhouse, http, stage, tools};
 
 /// When the first report comes: the percentiles of three hundred requests mean something.
 const FIRST_REPORT_AFTER: Duration = Duration::from_secs(20);
@@ -39,6 +39,9 @@ const STOP_WITHIN: Duration = Duration::from_secs(90);
 
 /// How often `stop` looks.
 const STOP_TICK: Duration = Duration::from_millis(100);
+
+/// The share of the requests that go past the gateway with `--tap`.
+const DIRECT_SHARE: f64 = 0.25;
 
 /// What to run, and how.
 #[derive(Debug, Args)]
@@ -55,6 +58,9 @@ pub struct Options {
     /// Requests a second.
     #[arg(long, value_name = "R", default_value_t = 15.0, value_parser = parse_rate)]
     rate: f64,
+    /// Have the gateway watch from the kernel too (as root), and send a quarter of the requests past it, straight to the simulator.
+    #[arg(long)]
+    tap: bool,
     /// Run without Prometheus.
     #[arg(long)]
     no_prometheus: bool,
@@ -142,6 +148,7 @@ fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result
         programs: &programs,
         state,
         ports,
+        tap: options.tap,
     };
     let interrupt = Interrupt::catch()?;
     let mut children = Children::new(state.clone(), interrupt);
@@ -151,7 +158,12 @@ fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result
     }
     // Whoever names a ClickHouse of their own may have it anywhere, up or not.
     let stores = engine.is_ok() && env::var_os("CLICKHOUSE_URL").is_none();
-    services.push(plan.load(options.rate, stores));
+    if options.tap {
+        services.push(plan.load(options.rate * (1.0 - DIRECT_SHARE), stores));
+        services.push(plan.direct_load(options.rate * DIRECT_SHARE));
+    } else {
+        services.push(plan.load(options.rate, stores));
+    }
     let ended = attend(&mut children, services, &claim, &plan, options.run_for);
     println!();
     // First of all they must be gone; but why they had to go matters more than how.
@@ -192,6 +204,7 @@ fn attend(
     let up = Instant::now();
     println!("everything is up after {:.1} s\n", (up - started).as_secs_f64());
     show(&children.entries(), claim.state(), plan.ports);
+    println!("{}", capture_line(&http::get(plan.ports.admin(), "/metrics")?));
     let end = run_for.map(|run_for| up + run_for);
     let mut next = up + FIRST_REPORT_AFTER;
     loop {
@@ -205,6 +218,22 @@ fn attend(
             return Ok(());
         }
         next += REPORT_EVERY;
+    }
+}
+
+/// What the gateway says of where it sees requests.
+fn capture_line(metrics: &str) -> String {
+    let mode = metrics.lines().find_map(|line| {
+        line.strip_prefix("gateway_capture_info{mode=\"")?
+            .split('"')
+            .next()
+    });
+    match mode {
+        Some("proxy") => {
+            "capture: proxy (no kernel probe here: the first lines of the gateway's log say why)".to_owned()
+        }
+        Some(mode) => format!("capture: {mode}"),
+        None => "capture: unknown".to_owned(),
     }
 }
 
@@ -312,6 +341,14 @@ mod tests {
         ] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn the_mode_is_what_the_gateway_says() {
+        let metrics = "# HELP gateway_capture_info x\ngateway_capture_info{mode=\"proxy+tap\"} 1\n";
+        assert_eq!(capture_line(metrics), "capture: proxy+tap");
+        assert!(capture_line("gateway_capture_info{mode=\"proxy\"} 1\n").contains("log"));
+        assert_eq!(capture_line(""), "capture: unknown");
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub struct Plan<'p> {
     pub state: &'p StateDir,
     /// Who listens where.
     pub ports: Ports,
+    /// Whether the kernel is to be watched; else that is up to the gateway.
+    pub tap: bool,
 }
 
 impl Plan<'_> {
@@ -97,6 +99,9 @@ impl Plan<'_> {
                 format!("127.0.0.1:{}", self.ports.clickhouse()),
             )
             .env("CLICKHOUSE_DATA_DIR", self.state.join("clickhouse"));
+        if self.tap {
+            command.env("GATEWAY_CAPTURE", "proxy+tap");
+        }
         command
     }
 
@@ -148,33 +153,56 @@ impl Plan<'_> {
     /// Clients of five teams, with projects and users, who now and then give up. They are there when a request has ended, and, where rows are
     /// stored, its row.
     pub fn load(&self, rate_per_s: f64, stores: bool) -> Service {
-        let mut command = self.program("vllm-load");
-        command
-            .args(["--url", &url(self.ports.gateway())])
-            .args(["--model", "sim-llm", "--embeddings-model", "sim-embed"])
-            .args(["--rate", &rate_per_s.to_string(), "--duration", LOAD_DURATION])
-            .args([
-                "--teams",
-                "5",
-                "--team-weights",
-                "5,4,3,2,2",
-                "--projects",
-                "3",
-                "--users",
-                "20",
-            ])
-            .args(["--endpoints", "chat=6,completions=3,embeddings=1"])
-            .args(["--stream-fraction", "0.33", "--abort-fraction", "0.05"]);
         let has_ended: fn(&str) -> bool = |metrics| sum_of("gateway_requests_total", metrics) > 0.0;
         let is_stored: fn(&str) -> bool = |metrics| sum_of("gateway_store_rows_total", metrics) > 0.0;
+        let says = if stores { is_stored } else { has_ended };
+        let endpoints = "chat=6,completions=3,embeddings=1";
+        self.clients("load", self.ports.gateway(), endpoints, rate_per_s, says)
+    }
+
+    /// The same teams' requests past the gateway, straight to the server that generates text. They are there when one was seen.
+    pub fn direct_load(&self, rate_per_s: f64) -> Service {
+        let is_seen = |metrics: &str| {
+            let lines = metrics.lines().filter(|line| line.contains("whose=\"direct\""));
+            sum_of(
+                "gateway_tap_exchanges_total",
+                &lines.collect::<Vec<_>>().join("\n"),
+            ) > 0.0
+        };
+        self.clients(
+            "direct-load",
+            self.ports.llm(),
+            "chat=6,completions=3",
+            rate_per_s,
+            is_seen,
+        )
+    }
+
+    fn clients(
+        &self,
+        name: &'static str,
+        port: u16,
+        endpoints: &str,
+        rate_per_s: f64,
+        says: fn(&str) -> bool,
+    ) -> Service {
+        let mut command = self.program("vllm-load");
+        command
+            .args(["--url", &url(port)])
+            .args(["--model", "sim-llm", "--embeddings-model", "sim-embed"])
+            .args(["--rate", &rate_per_s.to_string(), "--duration", LOAD_DURATION])
+            .args(["--teams", "5", "--team-weights", "5,4,3,2,2"])
+            .args(["--projects", "3", "--users", "20"])
+            .args(["--endpoints", endpoints])
+            .args(["--stream-fraction", "0.33", "--abort-fraction", "0.05"]);
         Service {
-            name: "load",
+            name,
             command,
             url: String::new(),
             ready: Ready {
                 port: self.ports.admin(),
                 path: "/metrics",
-                says: if stores { is_stored } else { has_ended },
+                says,
             },
             // At which it sums up what it saw, in its log.
             stop_signal: Signal::INT,
@@ -232,6 +260,7 @@ mod tests {
             programs: Path::new("."),
             state: &state,
             ports: Ports::from_base(8000),
+            tap: false,
         };
         let ended = "# TYPE gateway_requests_total counter\ngateway_requests_total{team=\"a b\"} 1\ngateway_store_rows_total 0\n";
         let stored = ended.replace("rows_total 0", "rows_total 3");

@@ -120,10 +120,11 @@ impl Listing {
         let mut listing = Listing::default();
         let entries = std::fs::read_dir(dir).map_err(|source| StoreError::io("read", dir, source))?;
         for entry in entries {
-            let name = entry
-                .map_err(|source| StoreError::io("read", dir, source))?
-                .file_name();
-            match name.to_str().and_then(BatchId::of_file) {
+            let entry = entry.map_err(|source| StoreError::io("read", dir, source))?;
+            let name = entry.file_name();
+            // A directory is none of ours, whatever it is called.
+            let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+            match name.to_str().and_then(BatchId::of_file).filter(|_| is_file) {
                 Some((id, Kind::Sealed)) => listing.sealed.push(id),
                 Some((id, Kind::Open)) => listing.open.push(id),
                 Some((id, Kind::Begins)) => listing.begins.push(id),

@@ -107,13 +107,17 @@ impl Spool {
     }
 
     /// Closes the active segment for more rows when it is old enough, or in any case.
+    ///
+    /// Age does not count while nothing could take its place: the room in it is all that rows have then, and they rather come late
+    /// than not at all.
     pub(super) fn retire(&self, now: Instant, in_any_case: bool) {
         let patience = self.patience();
+        let has_successor = self.supply.has_successor();
         let mut state = lock(&self.state);
         let is_due = state
             .active
             .as_ref()
-            .is_some_and(|active| in_any_case || now >= active.first_at + patience);
+            .is_some_and(|active| in_any_case || (has_successor && now >= active.first_at + patience));
         if is_due && let Some(active) = state.active.take() {
             state.full.push_back(active);
         }
@@ -241,8 +245,10 @@ impl Spool {
 
     fn due(&self, now: Instant, retry: bool) -> Option<Instant> {
         let patience = self.patience();
+        let has_successor = self.supply.has_successor();
         let state = lock(&self.state);
-        let age = state.active.as_ref().map(|active| active.first_at + patience);
+        let age = state.active.as_ref().filter(|_| has_successor);
+        let age = age.map(|active| active.first_at + patience);
         let flush = match self.config.fsync {
             Fsync::Off => None,
             // Begins that came without rows are flushed at the interval too.

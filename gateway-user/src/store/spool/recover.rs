@@ -90,9 +90,10 @@ pub fn recover(
 
 /// Takes over what gateways of other names left in `spool_dir` and nobody looks after: in a container the host name, and so the
 /// gateway's, may be another one after each restart. Their directories are settled where they are, and then the batches move to `own`.
+/// What cannot be settled stays where it is, for a later start: it is no reason not to start this gateway.
 ///
 /// # Errors
-/// Those of the file system.
+/// When `spool_dir` cannot be read.
 pub fn adopt(
     spool_dir: &Path,
     own: &Path,
@@ -104,29 +105,41 @@ pub fn adopt(
         let dir = entry
             .map_err(|source| StoreError::io("read", spool_dir, source))?
             .path();
-        let Some(gateway) = dir
-            .file_name()
-            .and_then(|name| name.to_str())
-            .filter(|_| dir != own)
+        let Some(_lock) = Some(&dir)
+            .filter(|dir| *dir != own)
+            .and_then(|dir| DirLock::try_existing(dir))
         else {
             continue;
         };
-        let Some(_lock) = DirLock::try_existing(&dir) else {
-            continue;
-        };
-        let recovered = recover(&dir, gateway, segment_bytes, counters)?;
-        for batch in &recovered.batches {
-            let to = own.join(batch.id.file_name(Kind::Sealed));
-            fs::rename(&batch.path, &to).map_err(|source| StoreError::io("move", &batch.path, source))?;
+        if let Err(error) = take_over(&dir, own, segment_bytes, counters) {
+            tracing::warn!(dir = %dir.display(), %error, "what another gateway left in the spool stays there for now");
         }
-        if !recovered.batches.is_empty() {
-            directory::sync_dir(own).map_err(|source| StoreError::io("flush", own, source))?;
-            tracing::info!(
-                gateway,
-                batches = recovered.batches.len(),
-                "took over what another gateway left in the spool"
-            );
-        }
+    }
+    Ok(())
+}
+
+/// Settles one such directory, which the caller has locked.
+fn take_over(
+    dir: &Path,
+    own: &Path,
+    segment_bytes: usize,
+    counters: &Arc<Counters>,
+) -> Result<(), StoreError> {
+    let Some(gateway) = dir.file_name().and_then(|name| name.to_str()) else {
+        return Ok(());
+    };
+    let recovered = recover(dir, gateway, segment_bytes, counters)?;
+    for batch in &recovered.batches {
+        let to = own.join(batch.id.file_name(Kind::Sealed));
+        fs::rename(&batch.path, &to).map_err(|source| StoreError::io("move", &batch.path, source))?;
+    }
+    if !recovered.batches.is_empty() {
+        directory::sync_dir(own).map_err(|source| StoreError::io("flush", own, source))?;
+        tracing::info!(
+            gateway,
+            batches = recovered.batches.len(),
+            "took over what another gateway left in the spool"
+        );
     }
     Ok(())
 }

@@ -174,6 +174,19 @@ mod tests {
         assert_eq!(std::fs::read(&path).expect("it is there")[..2], *b"\0\"");
     }
 
+    /// A page without a block behind it would end the process with SIGBUS when the disk is full.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn every_page_has_its_block_before_it_is_written_to() {
+        use std::os::unix::fs::MetadataExt;
+
+        let dir = TempDir::new();
+        let path = dir.path().join("s");
+        let segment = Segment::create(&path, 1 << 20).expect("it is made");
+        let reserved = std::fs::metadata(&path).expect("it is there").blocks() * 512;
+        assert!(reserved >= segment.capacity() as u64, "{reserved} bytes");
+    }
+
     #[test]
     fn what_does_not_fit_leaves_no_trace() {
         let dir = TempDir::new();

@@ -111,6 +111,11 @@ impl Supply {
         *lock(&self.blocked)
     }
 
+    /// Whether a segment is ready, or could be made as far as is known.
+    pub fn has_successor(&self) -> bool {
+        self.blocked().is_none() || !lock(&self.spares).is_empty()
+    }
+
     /// Bytes that count against the limit.
     pub fn used_bytes(&self) -> u64 {
         self.used_bytes.load(Ordering::Acquire)

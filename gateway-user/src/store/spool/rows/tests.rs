@@ -252,6 +252,42 @@ fn a_full_spool_drops_the_newest_until_there_is_room() {
 }
 
 #[test]
+fn a_segment_without_a_successor_is_filled_before_anything_is_lost() {
+    let dir = TempDir::new();
+    let spool = open(&SpoolConfig {
+        max_bytes: ByteSize::from_kib(4 * 4),
+        ..config(dir.path())
+    });
+    for number in 0..9 {
+        append(&spool, &number.to_string(), 1000);
+        seal(&spool);
+    }
+    append(&spool, "first", 1);
+    spool.tend(Instant::now());
+    assert_eq!(spool.supply.blocked(), Some(DropCause::SpoolFull));
+    let late = Instant::now() + Duration::from_secs(3600);
+    let next = spool.tend(late).expect("the keeper tries again");
+    assert!(next > late, "and not all the time");
+    let (mut rows, files) = (1, spool.stats().files);
+    while spool.append(&row(&rows.to_string(), 100)).is_ok() {
+        rows += 1;
+    }
+    assert!(rows > 20, "{rows} rows of some 150 bytes in 4 KiB");
+    for batch in spool.sealed(4) {
+        spool.acknowledge(&batch).expect("it is deleted");
+    }
+    spool.tend(late);
+    assert!(spool.supply.has_successor());
+    spool.tend(late);
+    assert_eq!(
+        spool.stats().files,
+        files - 4 + 1,
+        "with a successor it is sealed by age"
+    );
+    assert_eq!(sealed_ids(&spool).last().map(Vec::len), Some(rows));
+}
+
+#[test]
 fn a_full_spool_gives_up_the_oldest_when_told_to() {
     let dir = TempDir::new();
     let spool = open(&SpoolConfig {
@@ -398,6 +434,26 @@ fn what_another_gateway_left_is_taken_over_unless_it_is_in_use() {
         dir.files_ending("old-host/lock").len() == 1,
         "its directory stays"
     );
+}
+
+#[test]
+fn what_another_gateway_left_and_cannot_be_read_keeps_nobody_from_starting() {
+    let dir = TempDir::new();
+    let other = SpoolConfig {
+        max_bytes: ByteSize::from_mib(1),
+        segment_bytes: ByteSize::from_kib(64),
+        ..config(dir.path())
+    };
+    let spool = open_spool(&other, "other").expect("it opens");
+    append(&spool, "other-1", 1);
+    seal(&spool);
+    drop(spool);
+    // Its rows are torn, and there is no place to put them aside.
+    let batch = &dir.files_ending(".jsonl")[0];
+    fs::write(batch, "no row\n").expect("it is written");
+    fs::write(dir.path().join("other/quarantine"), "no directory").expect("it is written");
+    append(&open(&config(dir.path())), "gw-1", 1);
+    assert_eq!(fs::read(batch).expect("it is where it was"), b"no row\n");
 }
 
 #[test]
