@@ -6,7 +6,7 @@
 //! put aside. Everything else is tried again for ever, more and more slowly.
 //!
 //! A batch is acknowledged when the windows have it too. An insert in one piece takes care of that by itself; after anything else the
-//! windows of the batch are [written again](super::windows) from its rows.
+//! windows of the batch are written again from its rows.
 
 use super::exception::{Verdict, WaitCause, reason_of, verdict};
 use super::lines::Lines;
