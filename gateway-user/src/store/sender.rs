@@ -237,7 +237,7 @@ impl Sender {
                 token = format!("{token}+{}", rows.len());
             }
         }
-        match self.insert(lines.only(&rows).text, &token).await {
+        match self.insert(lines.only(&rows), &token).await {
             Ok(()) => self.acknowledge(batch),
             Err(error) if verdict(&error) == Verdict::Refused => {
                 self.set_aside(batch, &lines, &rows, &error).await
@@ -269,7 +269,7 @@ impl Sender {
                 continue;
             };
             match self
-                .insert(lines.only(part).text, &format!("{token}+{first}-{last}"))
+                .insert(lines.only(part), &format!("{token}+{first}-{last}"))
                 .await
             {
                 Ok(()) => {}
@@ -381,13 +381,16 @@ impl Lines {
         serde_json::from_slice::<Row<'_>>(self.line(at)).map_or("", |row| row.event_id)
     }
 
-    fn only(&self, rows: &[usize]) -> Lines {
-        Lines::of(Bytes::from(
-            rows.iter()
-                .flat_map(|at| self.line(*at))
-                .copied()
-                .collect::<Vec<u8>>(),
-        ))
+    /// The text of these rows, which are in order; nothing is copied when it is all of them, as it nearly always is.
+    fn only(&self, rows: &[usize]) -> Bytes {
+        if rows.len() == self.len() {
+            return self.text.slice(..self.ends.last().copied().unwrap_or(0));
+        }
+        let mut text = Vec::with_capacity(rows.iter().map(|at| self.line(*at).len()).sum());
+        for at in rows {
+            text.extend_from_slice(self.line(*at));
+        }
+        Bytes::from(text)
     }
 }
 
@@ -496,7 +499,9 @@ mod tests {
         let text = "{\"batch\":\"b\",\"event_id\":\"a\"}\n{\"batch\":\"b\"}\n{\"event_id\":\"c\"}\n";
         let lines = Lines::of(Bytes::from_static(text.as_bytes()));
         assert_eq!((lines.len(), lines.event_id(0), lines.event_id(1)), (3, "a", ""));
-        assert_eq!(&lines.only(&[2]).text[..], b"{\"event_id\":\"c\"}\n");
+        assert_eq!(&lines.only(&[2])[..], b"{\"event_id\":\"c\"}\n");
+        assert_eq!(lines.only(&[0, 1, 2]), text);
+        assert_eq!(lines.only(&[1, 2]), text.split_once('\n').expect("lines").1);
     }
 
     #[test]
