@@ -3,6 +3,7 @@
 //! Nothing here is skipped: where the probe cannot be loaded, the tests fail.
 #![cfg(target_os = "linux")]
 
+#[allow(dead_code, reason = "the sums over embeddings are not used here")]
 mod books;
 #[allow(dead_code, reason = "only the player is used here")]
 mod replay;
