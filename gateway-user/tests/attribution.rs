@@ -271,6 +271,7 @@ async fn an_answer_that_comes_after_its_client_has_left_is_booked_without_a_stat
 
 /// All that must hold of any trial. `aborted` is what the tokens of aborted chat and completion streams come from.
 fn check(books: &Books, aborted: UsageSource) {
+    books.check_segments();
     for row in books.rows.values() {
         check_label(row);
         match row.event.outcome {

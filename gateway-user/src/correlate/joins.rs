@@ -34,7 +34,7 @@ struct Sent {
     ended: Option<At>,
 }
 
-/// The proxy's side of a join and the tap's, by event id. Bounded by the requests in flight, and [`REMEMBERED_MAX`].
+/// The proxy's side of a join and the tap's, by event id. Bounded by the requests in flight, and a number of those that ended unseen.
 #[derive(Debug, Default)]
 pub struct Joins {
     state: Mutex<State>,

@@ -1,6 +1,6 @@
 //! What an engine said of itself, at scrapes that know nothing of windows, as a view of each window.
 //!
-//! A scrape stands for the time that lies nearer to it than to any other, and for no more than [`REACH_US`] of it. That an engine ran at the
+//! A scrape stands for the time that lies nearer to it than to any other, and for no more than `REACH_US` of it. That an engine ran at the
 //! moments of its scrapes is a fair sample of how often it ran. What its counters grew by between two scrapes is spread evenly over the
 //! time in between, and cut at the edges of windows such that nothing is lost.
 //!

@@ -4,7 +4,7 @@
 //! * [`segment`] cuts a request at the edges of windows.
 //! * [`engine`] makes what an engine said at its scrapes a view of each window.
 //! * [`price`] says what an upstream costs at each moment; [`method`] by which rules that is shared out.
-//! * [`share`] divides the time of an upstream between the requests that ran on it.
+//! * `share` divides the time of an upstream between the requests that ran on it.
 //! * [`facts`] is what is known of one window of one upstream, and [`allocate()`] makes the rows of `cost_ledger` ([`row`]) out of it.
 //! * [`rates`] is the other amount: what a request is charged by its tokens alone.
 //!

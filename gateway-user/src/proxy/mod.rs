@@ -1,7 +1,7 @@
 //! The data plane: a thin HTTP/1.1 proxy on [`crate::wire`]'s strict readers.
 //!
 //! It forwards the client's bytes as they are, refuses what is ambiguous, notices a client that leaves while the upstream is silent, and
-//! ends every request in exactly one [`RequestEvent`]. In the order in which a request meets them:
+//! ends every request in exactly one [`RequestEvent`](crate::event::RequestEvent). In the order in which a request meets them:
 //!
 //! * [`accept`]: listeners, the limit on connections, draining.
 //! * [`client`]: a connection and its requests, one after the other.

@@ -4,7 +4,7 @@
 //! period in which it ended. With them comes what they lack: rows that still wait in this host's spool. That is looked at first, so that a row on
 //! its way shows in both places rather than in none. Left out: requests that still run, and spools of gateways on other hosts.
 //!
-//! All three formats print the same [`column::COLUMNS`].
+//! All three formats print the same columns.
 
 mod column;
 mod csv;

@@ -26,6 +26,9 @@ const INSERT_MAX: usize = 1_000;
 /// Between two tries. Nobody waits for these rows, so nothing is gained by hurrying.
 const RETRY: Duration = Duration::from_secs(5);
 
+/// How long an insert may take: a server that has fallen silent would hold up all that comes after.
+const INSERT_LIMIT: Duration = Duration::from_secs(60);
+
 /// How long the last insert may take when the gateway ends.
 const LAST_LIMIT: Duration = Duration::from_secs(2);
 
@@ -133,7 +136,8 @@ impl RowSender {
         if self.queue.is_empty() {
             return self.queue.arrived.notified().await;
         }
-        if let Err(error) = self.store_first().await {
+        let stored = timeout(INSERT_LIMIT, self.store_first()).await;
+        if let Err(error) = stored.unwrap_or(Err(Error::TimedOut)) {
             tracing::debug!(%error, table = self.queue.table, waiting = self.queue.len(), "rows wait in memory");
             sleep(RETRY).await;
         }

@@ -6,8 +6,8 @@
 //! put aside. Everything else is tried again for ever, more and more slowly.
 //!
 //! A batch of events is acknowledged when the windows have it too. An insert in one piece takes care of that by itself; after anything else
-//! the windows of the batch are [written again](super::windows) from its rows. Segments have a sender of their own, so that neither holds the
-//! other up, and are in no windows.
+//! the windows of the batch are written again from its rows. Segments have a sender of their own, so that neither holds the other up, and are
+//! in no windows.
 
 use super::exception::{Verdict, WaitCause, reason_of, verdict};
 use super::lines::{Lines, key_sql};

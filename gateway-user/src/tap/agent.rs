@@ -3,7 +3,7 @@
 //! One thread looks at the ring every [`Source::poll_interval`]: kernel timestamps make a late look cost no accuracy, and a wake-up for each record
 //! would cost the server half of its throughput. The proxy looks too, when a request has ended ([`Beside::times`]).
 //!
-//! Promises: bounded work under the lock ([`BATCH_MAX`] records), so that a look never takes long; what has begun ends in one
+//! Promises: bounded work under the lock (some hundred records), so that a look never takes long; what has begun ends in one
 //! event also when the gateway ends.
 
 use super::connections::{Connections, Limits, TapWatcher, Unreadable};
@@ -49,7 +49,7 @@ pub trait Source: Send {
     /// Time between two looks.
     fn poll_interval(&self) -> Duration;
 
-    /// What keeps the source where the traffic is; called every [`KEEP_EVERY`], and may block for milliseconds.
+    /// What keeps the source where the traffic is; called every second, and may block for milliseconds.
     fn take_keeper(&mut self) -> Option<Box<dyn FnMut() + Send>>;
 }
 

@@ -37,7 +37,7 @@ pub fn check() -> Result<(), TapError> {
 /// What a gateway that runs as root in a container needs to go on as it would without a probe: its directories may be another user's.
 const KEPT: CapabilitySet = CapabilitySet::DAC_OVERRIDE;
 
-/// Gives up every capability but [`KEPT`], which only root has, for good: also a program that this process starts gets no more. Must be
+/// Gives up every capability but CAP_DAC_OVERRIDE, which only root has, for good: also a program that this process starts gets no more. Must be
 /// called while the process has a single thread.
 ///
 /// # Errors

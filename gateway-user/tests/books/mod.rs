@@ -1,6 +1,5 @@
 //! Three books of the same requests, joined by request id: what the clients saw (`vllm-load --records`), what the gateway wrote
 //! (its events) and what the engines did (`vllm-sim --introspect`).
-#![allow(dead_code, reason = "each test program uses its own part")]
 
 use crate::support::{self, KeptSegment, Sim, TestGateway, eventually, exchange, metric_sum};
 use serde::Deserialize;
@@ -9,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 use vllm_gateway::event::RequestEvent;
+use vllm_gateway::ledger::Segment;
 use vllm_gateway::wire::exchange::{Outcome, UsageSource};
 
 /// The model that generates text, and the one that embeds it.
@@ -185,6 +185,39 @@ impl Books {
             metrics,
             segments: gateway.events.segments(),
         }
+    }
+
+    /// Checks that each request's segments are what its event says, and that none has any that no engine ran.
+    pub fn check_segments(&self) {
+        let mut by_event: BTreeMap<&str, Vec<&Segment>> = BTreeMap::new();
+        for kept in &self.segments {
+            let of_event = by_event.entry(&kept.segment.event_id).or_default();
+            of_event.push(&kept.segment);
+            assert_eq!(kept.segment.run.within(kept.window.span()), kept.segment.run);
+        }
+        for row in self.rows.values() {
+            let event = &row.event;
+            let segments = by_event.remove(&*event.event_id).unwrap_or_default();
+            let has_none = segments.is_empty();
+            assert!(has_none || event.status_code < 400, "{event:?}");
+            assert!(!has_none || event.outcome != Outcome::Completed, "{event:?}");
+            let work = segments.iter().map(|segment| Work {
+                prompt: segment.work.prompt_tokens,
+                completion: segment.work.completion_tokens,
+            });
+            assert_eq!(work.sum::<Work>(), row.booked(), "{event:?}");
+            let run_us: u64 = segments.iter().map(|segment| segment.run.len_us()).sum();
+            assert!(run_us <= event.duration_us + 1, "{event:?} ran for {run_us} µs");
+            assert!(
+                segments
+                    .iter()
+                    .all(|segment| segment.account.team_id == event.team_id)
+            );
+        }
+        assert!(
+            by_event.is_empty(),
+            "segments of requests that have no event: {by_event:?}"
+        );
     }
 
     /// All rows whose event ended like that.
