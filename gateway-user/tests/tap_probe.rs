@@ -59,10 +59,11 @@ mod kernel {
                 .all(|seen| (seen.client, seen.server) == (local, stage.addr))
         );
         assert_eq!(stage.probe.ring.unreadable(), 0);
-        check_nothing_lost(&stage);
+        check_nothing_lost(&mut stage);
     }
 
-    fn check_nothing_lost(stage: &Stage) {
+    fn check_nothing_lost(stage: &mut Stage) {
+        assert_eq!(stage.lines(), [""; 0], "normal traffic is nothing to talk of");
         for (direction, totals) in [
             (ToServer, stage.probe.counters.ingress()),
             (ToClient, stage.probe.counters.egress()),
@@ -132,7 +133,7 @@ mod kernel {
         for seen in stage.of(ToServer) {
             assert_eq!(seen.captured.len(), PREFIX.min(seen.len_bytes as usize));
         }
-        check_nothing_lost(&stage);
+        check_nothing_lost(&mut stage);
     }
 
     fn long_packets_come_in_parts_and_end_once() {
@@ -197,7 +198,7 @@ mod kernel {
         client.set_linger(Some(Duration::ZERO)).expect("an option");
         drop(client);
         stage.until("the client's reset", flag(ToServer, |seen| seen.rst));
-        check_nothing_lost(&stage);
+        check_nothing_lost(&mut stage);
     }
 
     fn a_packet_s_time_lies_between_its_writing_and_its_reading() {
@@ -271,6 +272,31 @@ mod kernel {
         stage.until("the end", |seen| {
             seen.iter().any(|seen| seen.fin && seen.direction == ToServer)
         });
+    }
+
+    fn malformed_packets_are_counted_and_the_first_are_logged() {
+        const SENT: u64 = 1000;
+        let mut stage = Stage::set("127.0.0.1", everything());
+        let port = stage.addr.port();
+        // Five is the least that a header has, and then it is whole.
+        stage.server.ask(&format!("misstate {port} 5 1"));
+        assert_eq!(stage.probe.counters.egress().malformed, 0);
+        assert_eq!(stage.lines(), [""; 0]);
+        stage.server.ask(&format!("misstate {port} 4 1"));
+        assert_eq!(stage.probe.counters.egress().malformed, 1);
+        let lines = stage.lines();
+        let said = format!(
+            "WARN gateway_ebpf: a malformed packet of 40 bytes: TCP at byte 20, fragment 0, TCP header of 16 bytes, port {port} to {port}"
+        );
+        assert!(lines.len() == 1 && lines[0].contains(&said), "{lines:?}");
+        stage.server.ask(&format!("misstate {port} 4 {}", SENT - 1));
+        assert_eq!(stage.probe.counters.egress().malformed, SENT);
+        // A line for each power of two, from two to 512 if one processor sees all; each other one that does adds its own ten.
+        let lines = stage.lines().len() as u64;
+        let processors = aya::util::nr_cpus().expect("a number") as u64;
+        assert!(lines >= 9 / processors && lines <= 10 * processors, "{lines}");
+        stage.drain();
+        assert_eq!(stage.of(ToClient).len(), 0, "what is malformed is not recorded");
     }
 
     fn the_verifier_is_far_from_giving_up() {
@@ -493,6 +519,10 @@ mod kernel {
             what_a_full_ring_loses_is_counted_to_the_byte,
         ),
         (
+            "malformed_packets_are_counted_and_the_first_are_logged",
+            malformed_packets_are_counted_and_the_first_are_logged,
+        ),
+        (
             "the_verifier_is_far_from_giving_up",
             the_verifier_is_far_from_giving_up,
         ),
@@ -534,6 +564,7 @@ mod kernel {
             ("server", || Box::<Server>::default()),
             ("tap", || Box::<TapProcess>::default()),
         ]);
+        keep_log();
         run(TESTS);
     }
 }
