@@ -9,6 +9,7 @@
 use crate::counter;
 use aya_ebpf::programs::SkBuffContext;
 use aya_log_ebpf::warn;
+use gateway_common::record::INGRESS;
 
 /// Whether a count has reached a power of two by the last `amount` that was added to it.
 #[inline(always)]
@@ -19,8 +20,7 @@ pub fn is_due(count: u64, amount: u64) -> bool {
 }
 
 /// A packet that says it is TCP and is not. What of it was not read is 0.
-pub struct Malformed {
-    pub direction: u32,
+pub struct Malformed<const DIRECTION: u8> {
     pub packet_bytes: u32,
     /// Where in the packet TCP should begin.
     pub tcp_at_bytes: u32,
@@ -31,12 +31,11 @@ pub struct Malformed {
     pub destination_port: u32,
 }
 
-impl Malformed {
+impl<const DIRECTION: u8> Malformed<DIRECTION> {
     /// One of which only this much is known.
     #[inline(always)]
-    pub fn at(ctx: &SkBuffContext, direction: u8, tcp_at_bytes: u32) -> Self {
+    pub fn at(ctx: &SkBuffContext, tcp_at_bytes: u32) -> Self {
         Self {
-            direction: direction.into(),
             packet_bytes: ctx.len(),
             tcp_at_bytes,
             fragment: 0,
@@ -49,14 +48,16 @@ impl Malformed {
     /// Counts it, and tells of it if that is due.
     #[inline(never)]
     pub fn note(&self) {
-        if !counter::malformed(self.direction as u8) {
+        if !counter::malformed(DIRECTION) {
             return;
         }
+        let way = if DIRECTION == INGRESS { "in" } else { "out" };
         warn!(
             (),
             target: "gateway_ebpf",
-            "a malformed packet of {} bytes: TCP at byte {}, fragment {}, TCP header of {} bytes, port {} to {}",
+            "a malformed packet of {} bytes on its way {}: TCP at byte {}, fragment {}, TCP header of {} bytes, port {} to {}",
             self.packet_bytes,
+            way,
             self.tcp_at_bytes,
             self.fragment,
             self.tcp_header_bytes,

@@ -74,9 +74,9 @@ fn ipv4<const DIRECTION: u8>(ctx: &SkBuffContext) -> Result<Ip, Packet> {
     // A fragment but the first has no TCP header; on the way in and out they are whole, so that none should come.
     let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
     if header_bytes < 20 || fragment != 0 {
-        Malformed {
+        Malformed::<DIRECTION> {
             fragment: fragment.into(),
-            ..Malformed::at(ctx, DIRECTION, header_bytes)
+            ..Malformed::at(ctx, header_bytes)
         }
         .note();
         return Err(Packet::Other);
@@ -99,7 +99,7 @@ fn ipv6<const DIRECTION: u8>(ctx: &SkBuffContext) -> Result<Ip, Packet> {
     let next: u8 = ctx.load(6).map_err(|_| Packet::Other)?;
     let tcp_at = skip_extensions(ctx, next)?;
     let (Ok(source), Ok(destination)) = (ctx.load(8), ctx.load(24)) else {
-        Malformed::at(ctx, DIRECTION, tcp_at).note();
+        Malformed::<DIRECTION>::at(ctx, tcp_at).note();
         return Err(Packet::Other);
     };
     Ok(Ip {
@@ -141,7 +141,7 @@ fn skip_extensions(ctx: &SkBuffContext, mut next: u8) -> Result<u32, Packet> {
 #[inline(always)]
 fn tcp<const DIRECTION: u8>(ctx: &SkBuffContext, ip: Ip) -> Packet {
     let Ok(header) = ctx.load::<[u8; TCP_HEADER_BYTES as usize]>(ip.tcp_at as usize) else {
-        Malformed::at(ctx, DIRECTION, ip.tcp_at).note();
+        Malformed::<DIRECTION>::at(ctx, ip.tcp_at).note();
         return Packet::Other;
     };
     let source_port = u16::from_be_bytes([header[0], header[1]]);
@@ -155,11 +155,11 @@ fn tcp<const DIRECTION: u8>(ctx: &SkBuffContext, ip: Ip) -> Packet {
     let payload_at = ip.tcp_at + header_bytes;
     // The packet's own length, not what the IP header says, which has no room for that of a BIG TCP packet.
     if header_bytes < TCP_HEADER_BYTES || payload_at > ctx.len() {
-        Malformed {
+        Malformed::<DIRECTION> {
             tcp_header_bytes: header_bytes,
             source_port: source_port.into(),
             destination_port: destination_port.into(),
-            ..Malformed::at(ctx, DIRECTION, ip.tcp_at)
+            ..Malformed::at(ctx, ip.tcp_at)
         }
         .note();
         return Packet::Other;
