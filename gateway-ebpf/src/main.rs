@@ -13,6 +13,7 @@
 #![feature(asm_experimental_arch)]
 
 mod counter;
+mod diagnostic;
 mod packet;
 mod record;
 mod setting;
@@ -46,7 +47,6 @@ fn watch<const DIRECTION: u8>(ctx: &SkBuffContext, limit_bytes: u32) {
     match packet::read::<DIRECTION>(ctx) {
         Packet::Segment(segment) => record::put(ctx, &segment, DIRECTION, limit_bytes),
         Packet::Other => {}
-        Packet::Malformed => counter::malformed(DIRECTION),
     }
 }
 

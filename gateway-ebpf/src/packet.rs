@@ -1,5 +1,6 @@
 //! Finds a TCP segment in a packet. The packet begins with its IP header: cgroup programs see no link layer.
 
+use crate::diagnostic::Malformed;
 use crate::setting::is_watched;
 use aya_ebpf::programs::SkBuffContext;
 use gateway_common::record::{FIN, INGRESS, RST, SYN};
@@ -25,10 +26,8 @@ const EXTENSIONS_MAX: usize = 6;
 pub enum Packet {
     /// A segment of a watched port that says something.
     Segment(Segment),
-    /// None of our business.
+    /// None of our business; or it says it is TCP, and its headers make no sense, which is counted.
     Other,
-    /// It says it is TCP, and its headers make no sense.
-    Malformed,
 }
 
 /// A TCP segment.
@@ -55,8 +54,8 @@ struct Ip {
 #[inline(always)]
 pub fn read<const DIRECTION: u8>(ctx: &SkBuffContext) -> Packet {
     let ip = match ctx.load::<u8>(0).map(|first| first >> 4) {
-        Ok(4) => ipv4(ctx),
-        Ok(6) => ipv6(ctx),
+        Ok(4) => ipv4::<DIRECTION>(ctx),
+        Ok(6) => ipv6::<DIRECTION>(ctx),
         _ => return Packet::Other,
     };
     match ip {
@@ -66,16 +65,21 @@ pub fn read<const DIRECTION: u8>(ctx: &SkBuffContext) -> Packet {
 }
 
 #[inline(always)]
-fn ipv4(ctx: &SkBuffContext) -> Result<Ip, Packet> {
+fn ipv4<const DIRECTION: u8>(ctx: &SkBuffContext) -> Result<Ip, Packet> {
     let header: [u8; 20] = ctx.load(0).map_err(|_| Packet::Other)?;
     if header[9] != PROTOCOL_TCP {
         return Err(Packet::Other);
     }
     let header_bytes = u32::from(header[0] & 0xf) * 4;
     // A fragment but the first has no TCP header; on the way in and out they are whole, so that none should come.
-    let is_fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0;
-    if header_bytes < 20 || is_fragment {
-        return Err(Packet::Malformed);
+    let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
+    if header_bytes < 20 || fragment != 0 {
+        Malformed::<DIRECTION> {
+            fragment: fragment.into(),
+            ..Malformed::at(ctx, header_bytes)
+        }
+        .note();
+        return Err(Packet::Other);
     }
     Ok(Ip {
         source: mapped([header[12], header[13], header[14], header[15]]),
@@ -91,12 +95,16 @@ fn mapped([a, b, c, d]: [u8; 4]) -> [u8; 16] {
 }
 
 #[inline(always)]
-fn ipv6(ctx: &SkBuffContext) -> Result<Ip, Packet> {
+fn ipv6<const DIRECTION: u8>(ctx: &SkBuffContext) -> Result<Ip, Packet> {
     let next: u8 = ctx.load(6).map_err(|_| Packet::Other)?;
     let tcp_at = skip_extensions(ctx, next)?;
+    let (Ok(source), Ok(destination)) = (ctx.load(8), ctx.load(24)) else {
+        Malformed::<DIRECTION>::at(ctx, tcp_at).note();
+        return Err(Packet::Other);
+    };
     Ok(Ip {
-        source: ctx.load(8).map_err(|_| Packet::Malformed)?,
-        destination: ctx.load(24).map_err(|_| Packet::Malformed)?,
+        source,
+        destination,
         tcp_at,
     })
 }
@@ -133,7 +141,8 @@ fn skip_extensions(ctx: &SkBuffContext, mut next: u8) -> Result<u32, Packet> {
 #[inline(always)]
 fn tcp<const DIRECTION: u8>(ctx: &SkBuffContext, ip: Ip) -> Packet {
     let Ok(header) = ctx.load::<[u8; TCP_HEADER_BYTES as usize]>(ip.tcp_at as usize) else {
-        return Packet::Malformed;
+        Malformed::<DIRECTION>::at(ctx, ip.tcp_at).note();
+        return Packet::Other;
     };
     let source_port = u16::from_be_bytes([header[0], header[1]]);
     let destination_port = u16::from_be_bytes([header[2], header[3]]);
@@ -146,7 +155,14 @@ fn tcp<const DIRECTION: u8>(ctx: &SkBuffContext, ip: Ip) -> Packet {
     let payload_at = ip.tcp_at + header_bytes;
     // The packet's own length, not what the IP header says, which has no room for that of a BIG TCP packet.
     if header_bytes < TCP_HEADER_BYTES || payload_at > ctx.len() {
-        return Packet::Malformed;
+        Malformed::<DIRECTION> {
+            tcp_header_bytes: header_bytes,
+            source_port: source_port.into(),
+            destination_port: destination_port.into(),
+            ..Malformed::at(ctx, ip.tcp_at)
+        }
+        .note();
+        return Packet::Other;
     }
     // No packet is longer than the mask. It lets the verifier forget on which of many ways through the headers it came here: without it,
     // it would go through the rest once for each, which is most of the million steps that it takes at most.

@@ -59,10 +59,11 @@ mod kernel {
                 .all(|seen| (seen.client, seen.server) == (local, stage.addr))
         );
         assert_eq!(stage.probe.ring.unreadable(), 0);
-        check_nothing_lost(&stage);
+        check_nothing_lost(&mut stage);
     }
 
-    fn check_nothing_lost(stage: &Stage) {
+    fn check_nothing_lost(stage: &mut Stage) {
+        assert_eq!(stage.lines(), [""; 0], "normal traffic is nothing to talk of");
         for (direction, totals) in [
             (ToServer, stage.probe.counters.ingress()),
             (ToClient, stage.probe.counters.egress()),
@@ -132,7 +133,7 @@ mod kernel {
         for seen in stage.of(ToServer) {
             assert_eq!(seen.captured.len(), PREFIX.min(seen.len_bytes as usize));
         }
-        check_nothing_lost(&stage);
+        check_nothing_lost(&mut stage);
     }
 
     fn long_packets_come_in_parts_and_end_once() {
@@ -197,7 +198,7 @@ mod kernel {
         client.set_linger(Some(Duration::ZERO)).expect("an option");
         drop(client);
         stage.until("the client's reset", flag(ToServer, |seen| seen.rst));
-        check_nothing_lost(&stage);
+        check_nothing_lost(&mut stage);
     }
 
     fn a_packet_s_time_lies_between_its_writing_and_its_reading() {
@@ -271,6 +272,36 @@ mod kernel {
         stage.until("the end", |seen| {
             seen.iter().any(|seen| seen.fin && seen.direction == ToServer)
         });
+    }
+
+    fn malformed_packets_are_counted_and_the_first_are_logged() {
+        const SENT: u64 = 1000;
+        let mut stage = Stage::set("127.0.0.1", everything());
+        let port = stage.addr.port();
+        // Five is the least that a header has, and then it is whole.
+        stage.server.ask(&format!("misstate {port} 5 1"));
+        assert_eq!(stage.probe.counters.egress().malformed, 0);
+        assert_eq!(stage.lines(), [""; 0]);
+        stage.server.ask(&format!("misstate {port} 4 1"));
+        assert_eq!(stage.probe.counters.egress().malformed, 1);
+        // A raw socket is given what it sends over loopback, where nobody else would take such a packet.
+        within_deadline("it arrives", || stage.probe.counters.ingress().malformed == 1);
+        let lines = stage.lines();
+        assert_eq!(lines.len(), 2, "{lines:?}");
+        for (line, way) in lines.iter().zip(["out", "in"]) {
+            let said = format!(
+                "WARN gateway_ebpf: a malformed packet of 40 bytes on its way {way}: TCP at byte 20, fragment 0, TCP header of 16 bytes, port {port} to {port}"
+            );
+            assert!(line.contains(&said), "{line}");
+        }
+        stage.server.ask(&format!("misstate {port} 4 {}", SENT - 1));
+        assert_eq!(stage.probe.counters.egress().malformed, SENT);
+        // Ten powers of two are not greater than that, and each processor counts for itself, one direction as the other.
+        let lines = stage.lines().len();
+        let lines_max = 2 * 10 * aya::util::nr_cpus().expect("a number");
+        assert!((1..lines_max).contains(&lines), "{lines}");
+        stage.drain();
+        assert_eq!(stage.seen.len(), 0, "what is malformed is not recorded");
     }
 
     fn the_verifier_is_far_from_giving_up() {
@@ -493,6 +524,10 @@ mod kernel {
             what_a_full_ring_loses_is_counted_to_the_byte,
         ),
         (
+            "malformed_packets_are_counted_and_the_first_are_logged",
+            malformed_packets_are_counted_and_the_first_are_logged,
+        ),
+        (
             "the_verifier_is_far_from_giving_up",
             the_verifier_is_far_from_giving_up,
         ),
@@ -534,6 +569,7 @@ mod kernel {
             ("server", || Box::<Server>::default()),
             ("tap", || Box::<TapProcess>::default()),
         ]);
+        keep_log();
         run(TESTS);
     }
 }

@@ -3,6 +3,7 @@
 use super::agent::Source;
 use super::attachment::{Attachment, Change};
 use super::counters::Counters;
+use super::diagnostics::Diagnostics;
 use super::error::TapError;
 use super::privileges;
 use super::probe::{Probe, Watch};
@@ -22,6 +23,8 @@ pub struct Tap {
     pub ring: Ring,
     /// What it counted.
     pub counters: Counters,
+    /// What it says of itself; to be flushed every second or so.
+    pub diagnostics: Diagnostics,
     /// Where it is; to be checked every second or so.
     pub attachment: Attachment,
 }
@@ -80,6 +83,7 @@ impl Tap {
         Ok(Tap {
             ring: probe.ring,
             counters: probe.counters,
+            diagnostics: probe.diagnostics,
             attachment,
         })
     }
@@ -89,7 +93,7 @@ impl Tap {
         Box::new(TapSource {
             ring: self.ring,
             counters: self.counters,
-            attachment: Some(self.attachment),
+            keeping: Some((self.attachment, self.diagnostics)),
             in_place: Arc::new(AtomicBool::new(true)),
             ports: config.tap_ports(),
             poll_interval: config.tap.poll_interval,
@@ -100,8 +104,8 @@ impl Tap {
 struct TapSource {
     ring: Ring,
     counters: Counters,
-    /// `None` once somebody looks after it.
-    attachment: Option<Attachment>,
+    /// `None` once somebody looks after them.
+    keeping: Option<(Attachment, Diagnostics)>,
     in_place: Arc<AtomicBool>,
     ports: Vec<u16>,
     poll_interval: Duration,
@@ -130,9 +134,10 @@ impl Source for TapSource {
     }
 
     fn take_keeper(&mut self) -> Option<Box<dyn FnMut() + Send>> {
-        let mut attachment = self.attachment.take()?;
+        let (mut attachment, mut diagnostics) = self.keeping.take()?;
         let in_place = Arc::clone(&self.in_place);
         Some(Box::new(move || {
+            diagnostics.flush();
             let found = attachment.check();
             let is_right = matches!(found, Ok(Change::None | Change::Moved));
             let was_right = in_place.swap(is_right, Ordering::Relaxed);
@@ -169,5 +174,6 @@ mod tests {
         is_send::<Ring>();
         is_send::<Counters>();
         is_send::<Attachment>();
+        is_send::<Diagnostics>();
     }
 }

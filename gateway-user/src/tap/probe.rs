@@ -1,6 +1,7 @@
 //! Loads the kernel probe and sets it up. It is part of this program, so that nothing has to be found or built where it runs.
 
 use super::counters::Counters;
+use super::diagnostics::Diagnostics;
 use super::error::TapError;
 use super::link::Programs;
 use super::privileges;
@@ -56,6 +57,8 @@ pub struct Probe {
     pub ring: Ring,
     /// What it counted.
     pub counters: Counters,
+    /// What it says of itself.
+    pub diagnostics: Diagnostics,
 }
 
 impl Probe {
@@ -92,6 +95,7 @@ impl Probe {
             programs,
             ring,
             counters,
+            diagnostics: Diagnostics::open(&mut object)?,
         })
     }
 }

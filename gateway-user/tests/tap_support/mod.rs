@@ -4,7 +4,7 @@
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 use rustix::process::{Pid, Signal, kill_process};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -13,7 +13,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use tracing_subscriber::EnvFilter;
 use vllm_gateway::config::Config;
 use vllm_gateway::tap::Tap;
 use vllm_gateway::tap::cgroup::{Cgroup, Hierarchy};
@@ -27,6 +29,31 @@ const ROLE: &str = "TAP_PROBE_ROLE";
 
 /// Kernels under emulation are slow; where all is well nobody waits that long.
 pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// What was logged and not looked at yet.
+static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+/// Appends to what was logged.
+struct KeptLog;
+
+impl Write for KeptLog {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        LOG.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Keeps the log for [`Stage::lines`]. It is installed as the gateway installs its own.
+pub fn keep_log() {
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new("info"))
+        .with_writer(|| KeptLog)
+        .with_ansi(false)
+        .init();
+}
 
 /// Waits for a condition.
 #[track_caller]
@@ -302,8 +329,31 @@ impl Part for Server {
                 connection.set_linger(Some(Duration::ZERO)).expect("an option");
                 "ok".to_owned()
             }
+            // Sends so many TCP headers from a port to itself, with a length of their own, in fours of bytes, that says less than they have.
+            "misstate" => {
+                send_tcp_headers(
+                    words[1].parse().expect("a port"),
+                    words[2].parse().expect("a length"),
+                    number(3),
+                );
+                "ok".to_owned()
+            }
             other => panic!("no such order: {other}"),
         }
+    }
+}
+
+/// Sends `count` packets over loopback, with an IPv4 header that the kernel makes and a TCP header (RFC 9293 §3.1) from and to `port`.
+fn send_tcp_headers(port: u16, offset_words: u8, count: usize) {
+    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP))
+        .expect("a raw socket; these tests run as root");
+    let mut header = [0; 20];
+    header[..2].copy_from_slice(&port.to_be_bytes());
+    header[2..4].copy_from_slice(&port.to_be_bytes());
+    header[12] = offset_words << 4;
+    for _ in 0..count {
+        let sent = socket.send_to(&header, &SocketAddr::from(([127, 0, 0, 1], 0)).into());
+        assert_eq!(sent.expect("a packet that leaves"), header.len());
     }
 }
 
@@ -524,6 +574,17 @@ impl Stage {
         client.set_nodelay(true).expect("an option");
         self.server.ask("accept");
         client
+    }
+
+    /// The lines that the probe has written since the last time, if [`keep_log`] came first.
+    pub fn lines(&mut self) -> Vec<String> {
+        self.probe.diagnostics.flush();
+        let mut log = LOG.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8(std::mem::take(&mut *log)).expect("text");
+        text.lines()
+            .filter(|line| line.contains("gateway_ebpf"))
+            .map(str::to_owned)
+            .collect()
     }
 
     /// Reads the ring to its end.
