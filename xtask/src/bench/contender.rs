@@ -66,6 +66,8 @@ impl Contender {
                 // Variables of this shell would override the file.
                 command
                     .env_clear()
+                    // Alone: as root the default would have the kernel probe beside it, which is measured on its own.
+                    .env("GATEWAY_CAPTURE", "proxy")
                     .current_dir(&dir)
                     .args(["run", "--config"])
                     .arg(&config);

@@ -15,12 +15,15 @@ const CONNECTIONS: &str = "32";
 const STREAMS: &str = "200";
 const CHUNKS_PER_STREAM: &str = "250";
 
-/// Posts a small chat request for ever, and ends with one line for us. wrk counts an answer of 4xx or 5xx as an error of status.
-const WRK_SCRIPT: &str = r#"wrk.method = "POST"
+/// Posts a small chat request for ever.
+const WRK_POSTS: &str = r#"wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 wrk.headers["X-Team-ID"] = "team-1"
 wrk.body = '{"model":"sim","messages":[{"role":"user","content":"Say hello."}],"max_tokens":8}'
+"#;
 
+/// Ends with one line for us. wrk counts an answer of 4xx or 5xx as an error of status.
+const WRK_COUNTS: &str = r#"
 done = function(summary, latency, requests)
   local e = summary.errors
   io.write(string.format("counted %d %d %d\n", summary.requests, summary.duration,
@@ -57,7 +60,8 @@ pub struct Done {
 pub struct Programs {
     release: PathBuf,
     scratch: PathBuf,
-    script: PathBuf,
+    posting: PathBuf,
+    getting: PathBuf,
 }
 
 impl Load {
@@ -76,12 +80,16 @@ impl Programs {
     /// # Errors
     /// When nothing can be written there.
     pub fn new(release: &Path, scratch: &Path) -> Result<Programs> {
-        let script = scratch.join("requests.lua");
-        fs::write(&script, WRK_SCRIPT).with_context(|| format!("cannot write {}", script.display()))?;
+        let script = |name: &str, text: String| -> Result<PathBuf> {
+            let script = scratch.join(name);
+            fs::write(&script, text).with_context(|| format!("cannot write {}", script.display()))?;
+            Ok(script)
+        };
         Ok(Programs {
             release: release.to_owned(),
             scratch: scratch.to_owned(),
-            script,
+            posting: script("posts.lua", format!("{WRK_POSTS}{WRK_COUNTS}"))?,
+            getting: script("gets.lua", WRK_COUNTS.to_owned())?,
         })
     }
 
@@ -141,15 +149,19 @@ impl Programs {
     }
 
     fn requests(&self, seconds: u32, addr: SocketAddr) -> Result<Done> {
-        let mut command = Command::new("wrk");
-        command.args(["--threads", "1", "--connections", CONNECTIONS, "--timeout", "10s"]);
-        command
-            .arg("--duration")
-            .arg(format!("{seconds}s"))
-            .arg("--script")
-            .arg(&self.script);
-        let output = output_of(command.arg(format!("http://{addr}/v1/chat/completions")))?;
-        counted_by_wrk(&output)
+        wrk(
+            &self.posting,
+            seconds,
+            &format!("http://{addr}/v1/chat/completions"),
+        )
+    }
+
+    /// Gets the same page from `addr` as fast as it goes.
+    ///
+    /// # Errors
+    /// As [`Programs::run`].
+    pub fn pages(&self, seconds: u32, addr: SocketAddr) -> Result<Done> {
+        wrk(&self.getting, seconds, &format!("http://{addr}/"))
     }
 
     fn streams(&self, requests: u32, chunks: &str, addr: SocketAddr) -> Result<Done> {
@@ -169,6 +181,17 @@ impl Programs {
         command.arg("--requests").arg(requests.to_string());
         counted_by_load(&output_of(command.args(["--no-progress", "--json", "-"]))?)
     }
+}
+
+fn wrk(script: &Path, seconds: u32, url: &str) -> Result<Done> {
+    let mut command = Command::new("wrk");
+    command.args(["--threads", "1", "--connections", CONNECTIONS, "--timeout", "10s"]);
+    command
+        .arg("--duration")
+        .arg(format!("{seconds}s"))
+        .arg("--script")
+        .arg(script);
+    counted_by_wrk(&output_of(command.arg(url))?)
 }
 
 /// What a program prints that must succeed.

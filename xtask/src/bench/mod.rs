@@ -7,6 +7,7 @@ mod proxy;
 mod report;
 mod scratch;
 mod store;
+mod tap;
 
 use std::env;
 use std::path::Path;
@@ -24,6 +25,8 @@ pub enum Bench {
     Proxy(proxy::Options),
     /// What storing costs: events a second through spool and insert, memory under load, and latency without ClickHouse.
     Store(store::Options),
+    /// What the kernel tap costs: a server whose port it watches, and itself for a record; and whether it loses any.
+    Tap(tap::Options),
 }
 
 /// Measures in the workspace at `root`.
@@ -34,6 +37,7 @@ pub fn run(root: &Path, bench: &Bench) -> Result<()> {
     match bench {
         Bench::Proxy(options) => proxy::run(root, options),
         Bench::Store(options) => store::run(root, options),
+        Bench::Tap(options) => tap::run(root, options),
     }
 }
 

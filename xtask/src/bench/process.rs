@@ -101,6 +101,16 @@ impl Drop for Server {
     }
 }
 
+/// A program that ends with this, whatever happens.
+pub struct Killed(pub Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// CPU time of all threads of a program so far, user and system.
 ///
 /// # Errors

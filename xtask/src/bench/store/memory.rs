@@ -1,7 +1,7 @@
 //! Whether memory stays flat while a gateway stores what it serves.
 
 use std::io::Read;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,8 @@ use serde_json::Value;
 
 use super::Figures;
 use super::site::{Seen, Site};
-use crate::bench::process::free_addr;
+use crate::bench::process::{Killed, free_addr};
+use crate::bench::report::slope;
 
 /// Between two looks at the memory.
 const TICK: Duration = Duration::from_secs(1);
@@ -72,35 +73,4 @@ pub fn measure(site: &Site<'_>, minutes: u32, rate_per_s: u32) -> Result<Value> 
     one("E2E p99, us", seen.e2e_p99_us, 0);
     figures.add("RSS, MiB", steady.iter().map(|(_, bytes)| mib(*bytes)), 2);
     Ok(figures.json())
-}
-
-/// Ends with this, whatever happens.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// The slope of the straight line with the least squares, in units of the second for one of the first.
-fn slope(points: &[(f64, f64)]) -> f64 {
-    let count = points.len() as f64;
-    let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
-    let (x_mean, y_mean) = (mean(|point| point.0), mean(|point| point.1));
-    let joint: f64 = points.iter().map(|(x, y)| (x - x_mean) * (y - y_mean)).sum();
-    let spread: f64 = points.iter().map(|(x, _)| (x - x_mean).powi(2)).sum();
-    joint / spread
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_slope_is_found_under_noise_that_cancels_out() {
-        assert!((slope(&[(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)]) - 2.0).abs() < 1e-12);
-        assert!(slope(&[(0.0, 1.0), (1.0, 2.0), (2.0, 2.0), (3.0, 1.0)]).abs() < 1e-12);
-    }
 }

@@ -88,6 +88,8 @@ impl<'s> Site<'s> {
         let config = self.write_config(name, clickhouse, &more)?;
         let mut command = Command::new(self.programs.gateway());
         command.env_clear().args(["run", "--config"]).arg(config);
+        // Without the kernel probe, which is no part of storing.
+        command.env("GATEWAY_CAPTURE", "proxy");
         command.stdout(Stdio::null());
         let gateway = Server::start("vllm-gateway", command, listen)?;
         Ok(Served {
