@@ -43,7 +43,19 @@ impl Display for Stages {
 pub fn cargo(root: &Path) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root);
+    // What Cargo tells us of ourselves is none of the other Cargo's business: build scripts that watch such variables would run again, and all
+    // that is built on them would be compiled again, each time that `cargo` and `cargo xtask` take turns.
+    for (name, _) in env::vars_os().filter(|(name, _)| tells_of_a_package(&name.to_string_lossy())) {
+        command.env_remove(name);
+    }
     command
+}
+
+fn tells_of_a_package(variable: &str) -> bool {
+    ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"]
+        .iter()
+        .any(|prefix| variable.starts_with(prefix))
+        || variable == "CARGO_PRIMARY_PACKAGE"
 }
 
 /// Runs a command to its end; its output goes where ours goes.

@@ -9,9 +9,7 @@ mod scratch;
 mod store;
 mod tap;
 
-use std::env;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -43,8 +41,8 @@ pub fn run(root: &Path, bench: &Bench) -> Result<()> {
 
 /// Builds the optimised programs; `more` names what else of that package.
 fn build_release(root: &Path, more: &[&str]) -> Result<()> {
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(root).args([
+    let mut command = stage::cargo(root);
+    command.args([
         "build",
         "--locked",
         "--release",
