@@ -24,12 +24,11 @@ pub struct Malformed<const DIRECTION: u8> {
 }
 
 impl<const DIRECTION: u8> Malformed<DIRECTION> {
-    /// None yet.
+    /// None yet. In its place from the start: a copy would take a function, which the compiler calls.
     #[inline(always)]
-    pub fn none() -> MaybeUninit<Self> {
-        let mut none = MaybeUninit::uninit();
-        Self::write(none.as_mut_ptr(), [0; 6]);
-        none
+    pub fn clear(place: &mut MaybeUninit<Self>) -> &mut Self {
+        Self::write(place.as_mut_ptr(), [0; 6]);
+        unsafe { place.assume_init_mut() }
     }
 
     /// One of which this much is known: the packet's length, TCP's place, the fragment's, the length of TCP's header, and both ports.
