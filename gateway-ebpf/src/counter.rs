@@ -1,7 +1,6 @@
 //! Counts what was recorded and what was lost. A counter belongs to one CPU and is added to atomically, since another program can
 //! interrupt this one there.
 
-use crate::diagnostic;
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, helpers::bpf_get_smp_processor_id, macros::map, maps::Array};
 use core::arch::asm;
 use gateway_common::counter::{Counters, DIRECTIONS, index};
@@ -20,18 +19,6 @@ macro_rules! add {
         // The pointer is into a map's element, which lives as long as the program.
         unsafe { add_atomically(&raw mut (*$direction.0).$counter, $amount) }
     };
-}
-
-/// Likewise, and tells whether that is worth a line. A program that interrupts this one in between may have the line in its place.
-macro_rules! add_and_tell {
-    ($direction:expr, $counter:ident, $amount:expr) => {{
-        let amount = $amount;
-        add!($direction, $counter, amount);
-        diagnostic::is_due(
-            unsafe { (&raw const (*$direction.0).$counter).read_volatile() },
-            amount,
-        )
-    }};
 }
 
 /// The instruction itself, since `core` has no atomic additions for a target without compare-and-swap.
@@ -65,20 +52,16 @@ impl Direction {
         add!(self, submitted_bytes, u64::from(len_bytes));
     }
 
-    /// Records that are lost, and all payload that they stood for. Whether a line is due: never for a full ring, which says nothing
-    /// that its count does not.
+    /// Records that are lost, and all payload that they stood for.
     #[inline(always)]
-    pub fn lost(self, loss: Loss, records: u32, len_bytes: u32) -> bool {
+    pub fn lost(self, loss: Loss, records: u32, len_bytes: u32) {
         let records = u64::from(records);
-        add!(self, lost_bytes, u64::from(len_bytes));
         match loss {
-            Loss::RingFull => {
-                add!(self, lost_ring_full, records);
-                false
-            }
-            Loss::LoadFailed => add_and_tell!(self, lost_load_failed, records),
-            Loss::TooLong => add_and_tell!(self, lost_too_long, records),
+            Loss::RingFull => add!(self, lost_ring_full, records),
+            Loss::LoadFailed => add!(self, lost_load_failed, records),
+            Loss::TooLong => add!(self, lost_too_long, records),
         }
+        add!(self, lost_bytes, u64::from(len_bytes));
     }
 }
 
@@ -90,8 +73,13 @@ pub enum Loss {
     TooLong,
 }
 
-/// A packet that says it is TCP and is not. Whether a line is due.
+/// A packet that says it is TCP and is not. Whether its number is a power of two, in which case a line is due. A program that interrupts this
+/// one in between may have the line in its place.
 #[inline(always)]
 pub fn malformed(direction: u8) -> bool {
-    Direction::here(direction).is_some_and(|direction| add_and_tell!(direction, malformed, 1))
+    Direction::here(direction).is_some_and(|direction| {
+        add!(direction, malformed, 1);
+        let count = unsafe { (&raw const (*direction.0).malformed).read_volatile() };
+        count & count.wrapping_sub(1) == 0
+    })
 }

@@ -1,25 +1,17 @@
-//! What the probe says of itself, in lines that the gateway puts into its log: packets and records that should not be. Normal traffic
-//! has none.
+//! What the probe says of itself, in lines that the gateway puts into its log: packets that should not be. Normal traffic has none.
 //!
 //! A line holds numbers of headers, never a byte of payload. It is written when a CPU's count of its cause reaches a power of two, so
 //! that the first is seen at once and a flood makes a few dozen lines, and not one for each packet.
 //!
-//! Each is a function of its own in the kernel too, which the way of a good packet does not go through.
+//! It is no function of its own in the kernel: where a program has one, older verifiers take every number to matter, and go many times
+//! through what they went through once.
 
 use crate::counter;
-use aya_ebpf::programs::SkBuffContext;
 use aya_log_ebpf::warn;
+use core::mem::MaybeUninit;
 use gateway_common::record::INGRESS;
 
-/// Whether a count has reached a power of two by the last `amount` that was added to it.
-#[inline(always)]
-pub fn is_due(count: u64, amount: u64) -> bool {
-    let before = count.wrapping_sub(amount);
-    // Where the highest bit is a new one, the difference has it and the former count does not.
-    count ^ before > before
-}
-
-/// A packet that says it is TCP and is not. What of it was not read is 0.
+/// A packet that says it is TCP and is not. What of it was not read is 0, and all of it while no such packet was seen.
 pub struct Malformed<const DIRECTION: u8> {
     pub packet_bytes: u32,
     /// Where in the packet TCP should begin.
@@ -32,23 +24,36 @@ pub struct Malformed<const DIRECTION: u8> {
 }
 
 impl<const DIRECTION: u8> Malformed<DIRECTION> {
-    /// One of which only this much is known.
+    /// None yet. In its place from the start: a copy would take a function, which the compiler calls.
     #[inline(always)]
-    pub fn at(ctx: &SkBuffContext, tcp_at_bytes: u32) -> Self {
-        Self {
-            packet_bytes: ctx.len(),
-            tcp_at_bytes,
-            fragment: 0,
-            tcp_header_bytes: 0,
-            source_port: 0,
-            destination_port: 0,
+    pub fn clear(place: &mut MaybeUninit<Self>) -> &mut Self {
+        Self::write(place.as_mut_ptr(), [0; 6]);
+        unsafe { place.assume_init_mut() }
+    }
+
+    /// One of which this much is known: the packet's length, TCP's place, the fragment's, the length of TCP's header, and both ports.
+    #[inline(always)]
+    pub fn set(&mut self, numbers: [u32; 6]) {
+        Self::write(self, numbers);
+    }
+
+    /// One by one, so that none is left to a function that the compiler would call.
+    #[inline(always)]
+    fn write(place: *mut Self, numbers: [u32; 6]) {
+        unsafe {
+            (&raw mut (*place).packet_bytes).write_volatile(numbers[0]);
+            (&raw mut (*place).tcp_at_bytes).write_volatile(numbers[1]);
+            (&raw mut (*place).fragment).write_volatile(numbers[2]);
+            (&raw mut (*place).tcp_header_bytes).write_volatile(numbers[3]);
+            (&raw mut (*place).source_port).write_volatile(numbers[4]);
+            (&raw mut (*place).destination_port).write_volatile(numbers[5]);
         }
     }
 
-    /// Counts it, and tells of it if that is due.
-    #[inline(never)]
+    /// Counts it, if there was one, and tells of it if that is due.
+    #[inline(always)]
     pub fn note(&self) {
-        if !counter::malformed(DIRECTION) {
+        if self.packet_bytes == 0 || !counter::malformed(DIRECTION) {
             return;
         }
         let way = if DIRECTION == INGRESS { "in" } else { "out" };
@@ -65,18 +70,4 @@ impl<const DIRECTION: u8> Malformed<DIRECTION> {
             self.destination_port
         );
     }
-}
-
-/// Tells of a segment of which nothing was recorded from `offset_bytes` on although the ring had room.
-#[inline(never)]
-pub fn unrecorded(payload_bytes: u32, offset_bytes: u32, payload_at: u32, server_port: u16) {
-    warn!(
-        (),
-        target: "gateway_ebpf",
-        "a segment with {} bytes of payload could not be recorded from byte {} on: payload at byte {}, server's port {}",
-        payload_bytes,
-        offset_bytes,
-        payload_at,
-        server_port
-    );
 }

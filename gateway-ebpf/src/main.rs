@@ -18,8 +18,10 @@ mod packet;
 mod record;
 mod setting;
 
+use crate::diagnostic::Malformed;
 use crate::packet::Packet;
 use aya_ebpf::{macros::cgroup_skb, programs::SkBuffContext};
+use core::mem::MaybeUninit;
 use gateway_common::record::{EGRESS, INGRESS};
 
 /// What a cgroup program answers to let a packet pass.
@@ -44,9 +46,12 @@ pub fn egress(ctx: SkBuffContext) -> i32 {
 /// Records a packet, if it is one of ours, with up to `limit_bytes` of its payload.
 #[inline(always)]
 fn watch<const DIRECTION: u8>(ctx: &SkBuffContext, limit_bytes: u32) {
-    match packet::read::<DIRECTION>(ctx) {
+    let mut wrong = MaybeUninit::<Malformed<DIRECTION>>::uninit();
+    // In memory from the start: the compiler would keep it in registers that on the way of a good packet hold nothing, which the verifier refuses.
+    let wrong = core::hint::black_box(Malformed::clear(&mut wrong));
+    match packet::read(ctx, wrong) {
         Packet::Segment(segment) => record::put(ctx, &segment, DIRECTION, limit_bytes),
-        Packet::Other => {}
+        Packet::Other => wrong.note(),
     }
 }
 

@@ -26,7 +26,7 @@ const EXTENSIONS_MAX: usize = 6;
 pub enum Packet {
     /// A segment of a watched port that says something.
     Segment(Segment),
-    /// None of our business; or it says it is TCP, and its headers make no sense, which is counted.
+    /// None of our business; or it says it is TCP, and its headers make no sense, which is told apart.
     Other,
 }
 
@@ -50,22 +50,22 @@ struct Ip {
     tcp_at: u32,
 }
 
-/// Reads a packet that goes in `DIRECTION`.
+/// Reads a packet that goes in `DIRECTION`; what is wrong with it goes to `wrong`.
 #[inline(always)]
-pub fn read<const DIRECTION: u8>(ctx: &SkBuffContext) -> Packet {
+pub fn read<const DIRECTION: u8>(ctx: &SkBuffContext, wrong: &mut Malformed<DIRECTION>) -> Packet {
     let ip = match ctx.load::<u8>(0).map(|first| first >> 4) {
-        Ok(4) => ipv4::<DIRECTION>(ctx),
-        Ok(6) => ipv6::<DIRECTION>(ctx),
+        Ok(4) => ipv4(ctx, wrong),
+        Ok(6) => ipv6(ctx, wrong),
         _ => return Packet::Other,
     };
     match ip {
-        Ok(ip) => tcp::<DIRECTION>(ctx, ip),
+        Ok(ip) => tcp(ctx, ip, wrong),
         Err(packet) => packet,
     }
 }
 
 #[inline(always)]
-fn ipv4<const DIRECTION: u8>(ctx: &SkBuffContext) -> Result<Ip, Packet> {
+fn ipv4<const DIRECTION: u8>(ctx: &SkBuffContext, wrong: &mut Malformed<DIRECTION>) -> Result<Ip, Packet> {
     let header: [u8; 20] = ctx.load(0).map_err(|_| Packet::Other)?;
     if header[9] != PROTOCOL_TCP {
         return Err(Packet::Other);
@@ -74,11 +74,7 @@ fn ipv4<const DIRECTION: u8>(ctx: &SkBuffContext) -> Result<Ip, Packet> {
     // A fragment but the first has no TCP header; on the way in and out they are whole, so that none should come.
     let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
     if header_bytes < 20 || fragment != 0 {
-        Malformed::<DIRECTION> {
-            fragment: fragment.into(),
-            ..Malformed::at(ctx, header_bytes)
-        }
-        .note();
+        wrong.set([ctx.len(), header_bytes, fragment.into(), 0, 0, 0]);
         return Err(Packet::Other);
     }
     Ok(Ip {
@@ -95,11 +91,11 @@ fn mapped([a, b, c, d]: [u8; 4]) -> [u8; 16] {
 }
 
 #[inline(always)]
-fn ipv6<const DIRECTION: u8>(ctx: &SkBuffContext) -> Result<Ip, Packet> {
+fn ipv6<const DIRECTION: u8>(ctx: &SkBuffContext, wrong: &mut Malformed<DIRECTION>) -> Result<Ip, Packet> {
     let next: u8 = ctx.load(6).map_err(|_| Packet::Other)?;
     let tcp_at = skip_extensions(ctx, next)?;
     let (Ok(source), Ok(destination)) = (ctx.load(8), ctx.load(24)) else {
-        Malformed::<DIRECTION>::at(ctx, tcp_at).note();
+        wrong.set([ctx.len(), tcp_at, 0, 0, 0, 0]);
         return Err(Packet::Other);
     };
     Ok(Ip {
@@ -139,9 +135,9 @@ fn skip_extensions(ctx: &SkBuffContext, mut next: u8) -> Result<u32, Packet> {
 }
 
 #[inline(always)]
-fn tcp<const DIRECTION: u8>(ctx: &SkBuffContext, ip: Ip) -> Packet {
+fn tcp<const DIRECTION: u8>(ctx: &SkBuffContext, ip: Ip, wrong: &mut Malformed<DIRECTION>) -> Packet {
     let Ok(header) = ctx.load::<[u8; TCP_HEADER_BYTES as usize]>(ip.tcp_at as usize) else {
-        Malformed::<DIRECTION>::at(ctx, ip.tcp_at).note();
+        wrong.set([ctx.len(), ip.tcp_at, 0, 0, 0, 0]);
         return Packet::Other;
     };
     let source_port = u16::from_be_bytes([header[0], header[1]]);
@@ -155,13 +151,14 @@ fn tcp<const DIRECTION: u8>(ctx: &SkBuffContext, ip: Ip) -> Packet {
     let payload_at = ip.tcp_at + header_bytes;
     // The packet's own length, not what the IP header says, which has no room for that of a BIG TCP packet.
     if header_bytes < TCP_HEADER_BYTES || payload_at > ctx.len() {
-        Malformed::<DIRECTION> {
-            tcp_header_bytes: header_bytes,
-            source_port: source_port.into(),
-            destination_port: destination_port.into(),
-            ..Malformed::at(ctx, ip.tcp_at)
-        }
-        .note();
+        wrong.set([
+            ctx.len(),
+            ip.tcp_at,
+            0,
+            header_bytes,
+            source_port.into(),
+            destination_port.into(),
+        ]);
         return Packet::Other;
     }
     // No packet is longer than the mask. It lets the verifier forget on which of many ways through the headers it came here: without it,

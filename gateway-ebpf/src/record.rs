@@ -1,7 +1,6 @@
 //! Puts a segment into the ring, in as many records as it takes.
 
 use crate::counter::{Direction, Loss};
-use crate::diagnostic;
 use crate::packet::Segment;
 use aya_ebpf::{
     EbpfContext,
@@ -48,14 +47,7 @@ pub fn put(ctx: &SkBuffContext, segment: &Segment, direction: u8, limit_bytes: u
     if let Err((loss, offset_bytes)) = parts.put() {
         let left_bytes = parts.wanted_bytes - offset_bytes;
         let records = left_bytes.div_ceil(PART_BYTES).max(1);
-        if counters.lost(loss, records, segment.payload_bytes - offset_bytes) {
-            diagnostic::unrecorded(
-                segment.payload_bytes,
-                offset_bytes,
-                segment.payload_at,
-                segment.server_port,
-            );
-        }
+        counters.lost(loss, records, segment.payload_bytes - offset_bytes);
     }
 }
 
