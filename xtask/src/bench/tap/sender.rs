@@ -174,7 +174,14 @@ impl Sender {
 
     fn connect(&self) -> io::Result<[TcpStream; 2]> {
         let client = TcpStream::connect(self.addr)?;
-        let (server, _) = self.listener.accept()?;
+        let ours = client.local_addr()?;
+        // The gateway asks every upstream how it is, this one too; it finds the door shut.
+        let server = loop {
+            let (server, peer) = self.listener.accept()?;
+            if peer == ours {
+                break server;
+            }
+        };
         for end in [&client, &server] {
             end.set_nodelay(true)?;
             end.set_read_timeout(Some(READ_TIMEOUT))?;

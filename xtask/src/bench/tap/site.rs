@@ -37,7 +37,7 @@ pub struct Counted {
     pub records: f64,
     /// Records that are not.
     pub lost: f64,
-    /// Exchanges that ended.
+    /// Exchanges of clients that ended; the gateway's own looks at the server's health are not among them.
     pub exchanges: f64,
     /// Those of them that were not seen whole.
     pub incomplete: f64,
@@ -129,7 +129,7 @@ impl Tapped {
         Ok(Counted {
             records: sum("gateway_tap_records_total")?,
             lost: sum("gateway_tap_lost_records_total")?,
-            exchanges: sum("gateway_tap_exchanges_total")?,
+            exchanges: value_of("gateway_tap_exchanges_total{whose=\"direct\"}", &page),
             incomplete: sum("gateway_tap_incomplete_exchanges_total")?,
             connections: sum("gateway_tap_connections")?,
             cpu_time,
@@ -168,6 +168,14 @@ impl Counted {
     pub fn cpu_us_a_record(&self) -> f64 {
         self.cpu_time.as_secs_f64() * 1e6 / self.records
     }
+}
+
+/// One series of a family; 0 when it is not there.
+fn value_of(series: &str, page: &str) -> f64 {
+    let found = page
+        .lines()
+        .find_map(|line| line.strip_prefix(series)?.trim().parse().ok());
+    found.unwrap_or(0.0)
 }
 
 fn write(file: &Path, text: &str) -> Result<()> {
