@@ -551,7 +551,7 @@ impl Stage {
         let mut server = Actor::start("server", Some(&cgroup));
         let port = server.ask(&format!("listen {ip}")).parse().expect("a port");
         let watch = Watch {
-            ports: vec![port],
+            ports: [vec![port], watch.ports].concat(),
             ..watch
         };
         let probe = Probe::load(&watch).unwrap_or_else(|error| panic!("{error}"));
