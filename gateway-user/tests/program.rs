@@ -18,6 +18,8 @@ fn run(name: &str, yaml: &str) -> (Output, String) {
     command
         .args(["run", "--config"])
         .arg(&path)
+        // What it makes before it gives up goes with the directory.
+        .current_dir(&directory)
         .env_remove("RUST_BACKTRACE")
         .stdin(Stdio::null());
     let output = command.output().expect("the program starts");
