@@ -39,6 +39,11 @@ pub const MIGRATIONS: &[Migration] = &[
         name: "segments_and_ledger",
         sql: include_str!("../../../sql/0004_segments_and_ledger.sql"),
     },
+    Migration {
+        version: 5,
+        name: "ledger_windows",
+        sql: include_str!("../../../sql/0005_ledger_windows.sql"),
+    },
 ];
 
 /// What the schema depends on besides its version.
@@ -285,6 +290,8 @@ mod tests {
             "vllm_system_metrics",
             "request_segments",
             "tap_timings",
+            "ledger_windows",
+            "segment_costs",
         ] {
             let create = format!("CREATE TABLE IF NOT EXISTS {table}\n");
             let found = all(&layout(None))
