@@ -18,6 +18,7 @@ fn event(team: &str, model: &str) -> RequestEvent {
         project: "".into(),
         user_id: "".into(),
         model: model.into(),
+        base_model: None,
         upstream: "main".into(),
         endpoint: Endpoint::ChatCompletions.name(),
         priority: 0,
