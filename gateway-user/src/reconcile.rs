@@ -264,3 +264,255 @@ fn requests_since(now: &Evidence, before: &Evidence) -> Evidence {
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::{Slice, Span, Window, Work};
+    use crate::metrics::{Limits, Metrics};
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    struct Trial {
+        reconciler: Reconciler,
+        tally: Arc<Tally>,
+        metrics: Metrics,
+        at: Instant,
+    }
+
+    impl Trial {
+        fn new() -> Trial {
+            let metrics = Metrics::new(Limits::default()).unwrap();
+            let bounds = Bounds {
+                share_millionths: 50_000,
+                tokens: 100,
+                settle_after: 3 * MINUTE,
+                window: 60 * MINUTE,
+            };
+            let tally = Arc::<Tally>::default();
+            let reconciler = Reconciler::new(
+                "chat",
+                Arc::clone(&tally),
+                None,
+                bounds,
+                metrics.reconciliation("chat"),
+            );
+            let at = reconciler.started;
+            Trial {
+                reconciler,
+                tally,
+                metrics,
+                at,
+            }
+        }
+
+        /// A minute passes in which the engine generates and the gateway attributes so many tokens.
+        fn minute(&mut self, counted: Option<u64>, attributed: u64) -> Option<Totals> {
+            self.attribute(attributed);
+            let counted = counted.map(|completion_tokens| Totals {
+                prompt_tokens: 0,
+                completion_tokens,
+            });
+            self.page(counted, false)
+        }
+
+        fn attribute(&self, completion_tokens: u64) {
+            let work = Work {
+                completion_tokens,
+                ..Work::default()
+            };
+            let slice = Slice {
+                window: Window::at(Micros(0)),
+                run: Span::new(Micros(0), Micros(1)),
+                work,
+            };
+            self.tally.attribute(&[slice]);
+        }
+
+        fn page(&mut self, counted: Option<Totals>, is_shared_address: bool) -> Option<Totals> {
+            self.at += MINUTE;
+            let page = Outcome::Page {
+                counted,
+                is_reset: counted.is_none(),
+                is_shared_address,
+                is_unsupported: false,
+            };
+            self.reconciler.look(self.at, page)
+        }
+
+        fn value(&self, series: &str) -> Option<f64> {
+            let text = self.metrics.encode().unwrap();
+            let found = text
+                .lines()
+                .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '))?;
+            found.parse().ok()
+        }
+
+        fn of(&self, family: &str) -> Option<f64> {
+            self.value(&format!(
+                "gateway_reconciliation_{family}{{type=\"completion\",upstream=\"chat\"}}"
+            ))
+        }
+
+        fn has_cause(&self, cause: Cause) -> bool {
+            let series = format!(
+                "gateway_reconciliation_gap_cause{{cause=\"{}\",upstream=\"chat\"}}",
+                cause.name()
+            );
+            self.value(&series) == Some(1.0)
+        }
+    }
+
+    #[test]
+    fn a_gap_is_told_when_nothing_has_taken_it_back_for_long_enough() {
+        let mut trial = Trial::new();
+        assert_eq!(
+            trial.minute(None, 7),
+            None,
+            "before the first page nothing is known"
+        );
+        let attributed = trial.minute(Some(1_000), 400).unwrap();
+        assert_eq!(attributed.completion_tokens, 400);
+        for _ in 0..2 {
+            trial.minute(Some(1_000), 1_000);
+            assert_eq!(trial.of("gap_exceeded"), Some(0.0), "it may yet be told");
+        }
+        trial.minute(Some(1_000), 1_000);
+        assert_eq!(
+            (trial.of("gap_tokens"), trial.of("gap_exceeded")),
+            (Some(600.0), Some(1.0))
+        );
+        assert_eq!(trial.of("ratio"), Some(3_400.0 / 4_000.0));
+        assert!(trial.has_cause(Cause::DirectUnseen) && !trial.has_cause(Cause::Direct));
+        // What was late after all closes it.
+        trial.minute(Some(0), 600);
+        assert_eq!(
+            (trial.of("gap_tokens"), trial.of("gap_exceeded")),
+            (Some(0.0), Some(0.0))
+        );
+        assert!(!trial.has_cause(Cause::DirectUnseen));
+        assert_eq!(
+            (
+                trial.of("engine_tokens_total"),
+                trial.of("attributed_tokens_total")
+            ),
+            (Some(4_000.0), Some(4_000.0))
+        );
+    }
+
+    #[test]
+    fn a_small_share_is_no_gap_and_neither_are_few_tokens() {
+        let mut trial = Trial::new();
+        trial.minute(None, 0);
+        for _ in 0..5 {
+            trial.minute(Some(10_000), 9_600);
+        }
+        assert_eq!(
+            (trial.of("gap_tokens"), trial.of("gap_exceeded")),
+            (Some(800.0), Some(0.0))
+        );
+        let mut trial = Trial::new();
+        trial.minute(None, 0);
+        trial.minute(Some(100), 0);
+        for _ in 0..4 {
+            trial.minute(Some(0), 0);
+        }
+        assert_eq!(
+            (trial.of("gap_tokens"), trial.of("gap_exceeded")),
+            (Some(100.0), Some(0.0))
+        );
+    }
+
+    #[test]
+    fn intervals_that_cannot_be_compared_count_on_neither_side() {
+        let mut trial = Trial::new();
+        trial.minute(None, 0);
+        trial.minute(Some(500), 500);
+        trial.attribute(30);
+        assert_eq!(trial.reconciler.look(trial.at, Outcome::Failed), None);
+        let across = trial.minute(None, 40).unwrap();
+        assert_eq!(
+            across.completion_tokens, 70,
+            "what failed scrapes did not see comes with the next"
+        );
+        assert_eq!(trial.of("uncompared_tokens_total"), Some(70.0));
+        assert_eq!(
+            (
+                trial.of("engine_tokens_total"),
+                trial.of("attributed_tokens_total")
+            ),
+            (Some(500.0), Some(500.0))
+        );
+        // The restart is named where there is a gap.
+        trial.minute(Some(900), 0);
+        for _ in 0..3 {
+            trial.minute(Some(0), 0);
+        }
+        assert!(trial.has_cause(Cause::CounterReset) && trial.has_cause(Cause::ScrapesFailed));
+        assert_eq!(
+            trial.reconciler.told[0],
+            Cause::DirectUnseen,
+            "it explains but a few tokens"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_compared_at_all_is_told_at_once() {
+        let mut trial = Trial::new();
+        trial.page(None, true);
+        trial.page(None, true);
+        assert!(trial.has_cause(Cause::SharedAddress));
+        assert_eq!(trial.of("gap_exceeded"), Some(0.0));
+    }
+
+    #[test]
+    fn requests_whose_tokens_nobody_told_are_named_while_they_are_looked_back_on() {
+        let mut trial = Trial::new();
+        trial.minute(None, 0);
+        trial.tally.foreign();
+        trial.minute(Some(1_000), 0);
+        for _ in 0..3 {
+            trial.minute(Some(0), 0);
+        }
+        assert_eq!(trial.reconciler.told, [Cause::OtherGateway]);
+        // The window is an hour, and three minutes are waited for besides.
+        for _ in 0..64 {
+            trial.minute(Some(1_000), 1_000);
+        }
+        assert_eq!(
+            (trial.of("gap_tokens"), trial.of("gap_exceeded")),
+            (Some(0.0), Some(0.0))
+        );
+        assert!(trial.reconciler.told.is_empty());
+    }
+
+    #[test]
+    fn counts_of_a_page_are_of_all_of_its_models_or_unknown() {
+        let sample = |prompt: Option<u64>, generated: Option<u64>| SystemSample {
+            prompt_tokens_delta: prompt,
+            generation_tokens_delta: generated,
+            generation_tokens_total: Some(9),
+            ..SystemSample::default()
+        };
+        let counted = |samples: &[SystemSample], shared| match Outcome::of(samples, shared, false) {
+            Outcome::Page { counted, .. } => counted,
+            Outcome::Failed => None,
+        };
+        let both = [sample(Some(1), Some(2)), sample(Some(3), Some(4))];
+        let expected = Totals {
+            prompt_tokens: 4,
+            completion_tokens: 6,
+        };
+        assert_eq!(counted(&both, false), Some(expected));
+        assert_eq!(counted(&both, true), None);
+        assert_eq!(counted(&[both[0].clone(), sample(Some(1), None)], false), None);
+        let pooling = SystemSample {
+            generation_tokens_total: None,
+            ..sample(Some(5), None)
+        };
+        assert_eq!(
+            counted(&[pooling], false).map(|totals| (totals.prompt_tokens, totals.completion_tokens)),
+            Some((5, 0))
+        );
+    }
+}
