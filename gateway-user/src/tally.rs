@@ -10,7 +10,7 @@ use crate::vllm::families::Unsupported;
 use crate::wire::endpoint::{Endpoint, Purpose};
 use crate::wire::exchange::{Outcome, UsageSource};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// The tallies of all upstreams, by their configured names.
@@ -39,14 +39,9 @@ pub struct Tally {
     foreign: AtomicU64,
     /// Requests of which no tokens are known, by why.
     untold: [AtomicU64; Untold::COUNT],
-    known: RwLock<Known>,
-}
-
-/// What an upstream has said of itself.
-#[derive(Clone, Debug, Default)]
-struct Known {
-    base_model: Option<Arc<str>>,
-    unsupported: Option<Unsupported>,
+    base_model: RwLock<Option<Arc<str>>>,
+    /// 0, or 1 and the place in [`Unsupported::ALL`]: it is asked for each segment, and must not lock.
+    unsupported: AtomicU8,
 }
 
 /// Why the tokens of a request are not known that an engine may have worked on.
@@ -134,28 +129,25 @@ impl Tally {
 
     /// The model that its requests run on, if it is known that there is one.
     pub fn base_model(&self) -> Option<Arc<str>> {
-        self.known(|known| known.base_model.clone())
+        self.base_model
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Why its requests cannot be billed by what it did for them, if they cannot.
     pub fn unsupported(&self) -> Option<Unsupported> {
-        self.known(|known| known.unsupported)
+        let place = self.unsupported.load(Ordering::Relaxed).checked_sub(1)?;
+        Unsupported::ALL.get(usize::from(place)).copied()
     }
 
     /// Takes note of what it says of itself.
     pub fn learn(&self, base_model: Option<&str>, unsupported: Option<Unsupported>) {
-        let is_news =
-            self.known(|known| known.base_model.as_deref() != base_model || known.unsupported != unsupported);
-        if is_news {
-            *self.known.write().unwrap_or_else(PoisonError::into_inner) = Known {
-                base_model: base_model.map(Arc::from),
-                unsupported,
-            };
+        let place = unsupported.map_or(0, |reason| 1 + reason as u8);
+        self.unsupported.store(place, Ordering::Relaxed);
+        if self.base_model().as_deref() != base_model {
+            *self.base_model.write().unwrap_or_else(PoisonError::into_inner) = base_model.map(Arc::from);
         }
-    }
-
-    fn known<T>(&self, of: impl FnOnce(&Known) -> T) -> T {
-        of(&self.known.read().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -247,6 +239,8 @@ mod tests {
         tally.learn(Some("llama"), Some(Unsupported::ExternalKv));
         assert_eq!(tally.base_model().as_deref(), Some("llama"));
         assert_eq!(tally.unsupported(), Some(Unsupported::ExternalKv));
+        tally.learn(Some("llama"), Some(Unsupported::KvConnector));
+        assert_eq!(tally.unsupported(), Some(Unsupported::KvConnector));
         tally.learn(None, None);
         assert_eq!((tally.base_model(), tally.unsupported()), (None, None));
     }

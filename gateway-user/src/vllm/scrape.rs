@@ -240,7 +240,8 @@ impl Scraper {
         sample
     }
 
-    /// Writes the rows of failed scrapes again that turn out to have been made while the server was loading: its process was there already.
+    /// Writes the rows of failed scrapes again that turn out to have been made while the server was loading: its process was there already, by the
+    /// server's own clock.
     fn explain(&mut self, page: &Page) {
         let unexplained = std::mem::take(&mut self.unexplained);
         let Some(start_s) = page.process_start_s else {
