@@ -3,6 +3,7 @@
 use super::*;
 use crate::config::Config;
 use crate::metrics::{Limits as Labels, Metrics};
+use crate::reconcile::Bounds;
 use crate::vllm::Percentiles;
 use crate::vllm::families::ByReason;
 use std::collections::BTreeSet;
@@ -530,4 +531,45 @@ async fn a_failed_scrape_takes_the_series_away_and_its_tokens_come_with_the_next
         !metrics.encode().unwrap().contains("model=\"tiny\""),
         "the model is gone, and so are its series"
     );
+}
+
+#[tokio::test]
+async fn counters_of_several_processes_in_turn_are_compared_with_nothing() {
+    let started = "process_start_time_seconds 1.79535524879e+09";
+    assert!(AFTER.contains(started));
+    let other = AFTER.replace(started, "process_start_time_seconds 1.79535999999e+09");
+    let pages = [UNDER_LOAD, &*other, AFTER, AFTER].map(ok);
+    let (addr, _) = server(pages.to_vec()).await;
+    let (metrics, tally) = (metrics(), Arc::<Tally>::default());
+    let bounds = Bounds::of(&Config::default());
+    let reconciler = Reconciler::new(
+        "gpu-1",
+        Arc::clone(&tally),
+        None,
+        bounds,
+        metrics.reconciliation("gpu-1"),
+    );
+    let mut scraper = scraper(addr, &metrics).reconciling(Arc::clone(&tally), reconciler);
+    let shared = || {
+        let text = metrics.encode().unwrap();
+        text.contains("gateway_reconciliation_gap_cause{cause=\"shared_address\",upstream=\"gpu-1\"} 1\n")
+    };
+    let mut attributed = Vec::new();
+    for is_shared in [false, false, true, true] {
+        attributed.push(scraper.scrape().await[0].attributed_completion_tokens);
+        assert_eq!(
+            shared(),
+            is_shared,
+            "two processes could be a restart, three cannot"
+        );
+    }
+    assert_eq!(attributed, [None, Some(0), Some(0), Some(0)]);
+    let text = metrics.encode().unwrap();
+    assert!(
+        text.contains(
+            "gateway_reconciliation_engine_tokens_total{type=\"completion\",upstream=\"gpu-1\"} 0\n"
+        ),
+        "{text}"
+    );
+    assert_eq!(tally.base_model().as_deref(), Some("tiny"));
 }
