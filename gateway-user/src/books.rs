@@ -4,8 +4,9 @@ use crate::config::Config;
 use crate::event::{CapturedBy, Context, EventSink, RequestEvent, Sinks, TimingSink};
 use crate::identity::IdentityRules;
 use crate::ids::RequestIds;
-use crate::ledger::{Micros, RateCard, Usage};
-use crate::segments::{self, Segments, Waits};
+use crate::ledger::{Micros, RateCard, SegmentRow, Slice, Usage};
+use crate::segments::{Segments, Waits};
+use crate::tally::Tallies;
 use crate::vllm::SampleSink;
 use crate::wire::exchange::{Facts, UsageSource};
 use std::sync::Arc;
@@ -34,6 +35,8 @@ pub struct Books {
     pub rates: Arc<RateCard>,
     /// How long requests wait at each upstream.
     pub waits: Arc<Waits>,
+    /// What was booked of each upstream.
+    pub tallies: Arc<Tallies>,
 }
 
 impl Books {
@@ -48,6 +51,7 @@ impl Books {
             // The config refuses two rates of one moment.
             rates: Arc::new(RateCard::new(config.rates.clone()).unwrap_or_default()),
             waits: Arc::default(),
+            tallies: Arc::new(Tallies::new(config)),
         }
     }
 
@@ -56,14 +60,54 @@ impl Books {
         if let Some(segments) = segments {
             let wait = self.waits.of(context.upstream.as_deref().unwrap_or_default());
             let slices = segments.finish(&facts, context.tap, wait);
-            segments::record(&self.sinks, &context, facts.model.as_deref(), &slices);
+            self.segments(&context, facts.model.as_deref(), &slices);
         }
-        self.sinks.record(&self.event(context, facts, capture));
+        let event = self.event(context, facts, capture);
+        if let Some(tally) = self.tallies.of(&event.upstream) {
+            tally.ended(&event);
+        }
+        self.sinks.record(&event);
+    }
+
+    /// Hands the slices of a request to the sinks as rows. Nobody has them to pay when nobody is known.
+    ///
+    /// Nor where prompts are prefilled elsewhere: the slices would say that this server had done it. What it did is its own to tell, and
+    /// without segments is nobody's (`__unattributed__`).
+    pub fn segments(&self, context: &Context, model: Option<&str>, slices: &[Slice]) {
+        let (Some(team_id), Some(upstream)) = (context.team.as_deref(), context.upstream.as_deref()) else {
+            return;
+        };
+        if slices.is_empty() {
+            return;
+        }
+        if let Some(tally) = self.tallies.of(upstream) {
+            if tally.unsupported().is_some() {
+                return;
+            }
+            tally.attribute(slices);
+        }
+        for slice in slices {
+            self.sinks.segment(&SegmentRow {
+                window_start: slice.window,
+                upstream,
+                event_id: &context.event_id,
+                team_id,
+                project: context.project.as_deref().unwrap_or_default(),
+                model: model.unwrap_or_default(),
+                run: slice.run,
+                work: slice.work,
+                gateway_id: &context.gateway_id,
+            });
+        }
     }
 
     /// The event of a request, with what it is charged. Tokens that were counted from chunks, or half told, are no facts and not charged.
     pub fn event(&self, context: Context, facts: Facts, capture: CapturedBy) -> RequestEvent {
         let mut event = RequestEvent::new(context, facts, capture);
+        event.base_model = self
+            .tallies
+            .of(&event.upstream)
+            .and_then(|tally| tally.base_model());
         if matches!(
             event.usage_source,
             UsageSource::Reported | UsageSource::Continuous

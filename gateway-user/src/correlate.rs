@@ -117,6 +117,9 @@ impl Correlator {
     pub fn began(&mut self, at: At, upstream: &str, head: &RequestHead) -> Whose {
         if let Some(signed) = head.fields().get(GATEWAY_REQUEST_ID) {
             if let Some(whose) = self.gateways(at, signed) {
+                if let (Whose::Foreign(_), Some(tally)) = (&whose, self.books.tallies.of(upstream)) {
+                    tally.foreign();
+                }
                 return whose;
             }
             count(&self.counts.forged);

@@ -106,6 +106,9 @@ pub struct RequestEvent {
     pub user_id: Box<str>,
     /// The model, as the response names it, else as the request does.
     pub model: Box<str>,
+    /// The model that it ran on, as the upstream labels what it counts; `None` where it does not say or has several, and then the row has `model`.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "name_of_model")]
+    pub base_model: Option<Arc<str>>,
     /// The upstream that served it.
     pub upstream: Box<str>,
     /// The route's name.
@@ -177,7 +180,7 @@ pub struct RequestEvent {
 }
 
 impl RequestEvent {
-    /// Joins what the bytes told with what the gateway knows. It is not charged for yet: see [`Books::event`](crate::books::Books::event).
+    /// Joins what the bytes told with what the gateway knows. It is not charged for yet, nor has it a base model: see [`Books::event`](crate::books::Books::event).
     pub fn new(context: Context, facts: Facts, capture: CapturedBy) -> RequestEvent {
         let owned = |text: Option<Box<str>>| text.unwrap_or_default();
         let gaps = facts.gaps;
@@ -189,6 +192,7 @@ impl RequestEvent {
             project: owned(context.project),
             user_id: owned(context.user),
             model: owned(facts.model),
+            base_model: None,
             upstream: owned(context.upstream),
             endpoint: facts.endpoint.name(),
             priority: facts.asked.priority.unwrap_or(0),
@@ -367,6 +371,10 @@ impl UsageSource {
             UsageSource::None => "none",
         }
     }
+}
+
+fn name_of_model<S: Serializer>(model: &Option<Arc<str>>, serializer: S) -> Result<S::Ok, S::Error> {
+    model.as_deref().serialize(serializer)
 }
 
 fn name_of_outcome<S: Serializer>(outcome: &Outcome, serializer: S) -> Result<S::Ok, S::Error> {

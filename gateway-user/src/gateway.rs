@@ -8,6 +8,7 @@ use crate::event::{EventSink, Sinks};
 use crate::metrics::{Limits, Metrics, MetricsError};
 use crate::net::{self, BindError};
 use crate::proxy::{Shared, Worker, accept, health};
+use crate::reconcile::{Bounds, Reconciler};
 use crate::tap::agent::{Agent, Source};
 use crate::vllm::{SampleSink, scrape::Scraper};
 use std::future::Future;
@@ -145,6 +146,19 @@ impl Gateway {
                 metrics,
                 samples.clone(),
             );
+            let scraper = match shared.books.tallies.of(upstream.name()) {
+                Some(tally) => {
+                    let reconciler = Reconciler::new(
+                        upstream.name(),
+                        Arc::clone(tally),
+                        shared.beside.clone(),
+                        Bounds::of(&shared.config),
+                        shared.metrics.reconciliation(upstream.name()),
+                    );
+                    scraper.reconciling(Arc::clone(tally), reconciler)
+                }
+                None => scraper,
+            };
             checks.spawn(scraper.run(shared.config.vllm.scrape_interval));
         }
         let serving = start_workers(&shared, listeners)?;

@@ -7,8 +7,8 @@
 //! Promises: the segments of a request sum to the tokens that the engine counted for it, as far as its event tells them. Left out:
 //! requests that no engine ran (refused, unreachable, answered with an error before any content, or to a route that costs nothing).
 
-use crate::event::{Context, EventSink, TapTimes};
-use crate::ledger::{Cutter, Micros, Point, Run, SegmentRow, Slice, Span, Wait, Window, scheduled};
+use crate::event::TapTimes;
+use crate::ledger::{Cutter, Micros, Point, Run, Slice, Span, Wait, Window, scheduled};
 use crate::vllm::{SampleSink, SystemSample};
 use crate::wire::At;
 use crate::wire::endpoint::Purpose;
@@ -158,26 +158,6 @@ fn has_run(facts: &Facts) -> bool {
     );
     let is_error = facts.status.is_some_and(|status| status >= 400);
     costs && reached && !is_error
-}
-
-/// Hands slices to the sinks as rows. Nobody has them to pay when nobody is known.
-pub fn record(sinks: &dyn EventSink, context: &Context, model: Option<&str>, slices: &[Slice]) {
-    let (Some(team_id), Some(upstream)) = (context.team.as_deref(), context.upstream.as_deref()) else {
-        return;
-    };
-    for slice in slices {
-        sinks.segment(&SegmentRow {
-            window_start: slice.window,
-            upstream,
-            event_id: &context.event_id,
-            team_id,
-            project: context.project.as_deref().unwrap_or_default(),
-            model: model.unwrap_or_default(),
-            run: slice.run,
-            work: slice.work,
-            gateway_id: &context.gateway_id,
-        });
-    }
 }
 
 /// How long requests wait at each upstream just now, by what it said at the last scrape.

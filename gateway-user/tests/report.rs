@@ -524,3 +524,130 @@ fn arguments_that_mean_nothing_are_refused_before_anything_is_asked() {
     std::fs::write(installed.dir.join("config.yaml"), "stone: {}\n").expect("a file");
     assert_eq!(installed.refused(&[]).0, Some(78));
 }
+
+/// What the engines counted, by their own word: `seconds` after midnight, for one gateway.
+fn scrape(gateway: &str, upstream: &str, seconds: i64, more: Value) -> Value {
+    let mut row = json!({
+        "scraped_at": MIDNIGHT_US / 1000 + seconds * 1000, "gateway_id": gateway, "upstream": upstream, "model": "m", "ok": true,
+        "condition": "running"
+    });
+    let row_map = row.as_object_mut().expect("an object");
+    row_map.extend(more.as_object().expect("an object").clone());
+    row
+}
+
+fn segment(upstream: &str, event: &str, prompt: u64, completion: u64) -> Value {
+    json!({
+        "window_start": MIDNIGHT_US / 1_000_000 + 15, "upstream": upstream, "event_id": event, "team_id": "a", "project": "", "model": "m",
+        "run_start": MIDNIGHT_US + 16_000_000, "run_end": MIDNIGHT_US + 17_000_000, "prompt_tokens": prompt, "cached_tokens": 0,
+        "completion_tokens": completion, "kv_token_seconds": 0, "gateway_id": "g1", "batch": event
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn engines_are_held_against_what_all_gateways_booked_with_what_explains_a_gap() {
+    let installed = Installed::new("reconciliation").await;
+    for table in ["vllm_system_metrics", "request_segments", "ledger_windows"] {
+        // As for events: nothing but FINAL may join rows, nor a merge take them away by the day that they are of.
+        installed.run(&format!("SYSTEM STOP MERGES {table}")).await;
+    }
+    let counted = |prompt: u64, completion: u64| json!({"prompt_tokens_delta": prompt, "generation_tokens_delta": completion});
+    let failed = json!({"ok": false, "error": "connect", "model": "", "condition": "down"});
+    let scrapes = [
+        scrape("g1", "chat", 15, json!({})),
+        scrape("g1", "chat", 30, counted(60_000, 40_000)),
+        scrape("g1", "chat", 45, counted(40_000, 0)),
+        scrape("g1", "chat", 60, failed.clone()),
+        // A row that was written again, as loading, takes the place of the first.
+        scrape("g1", "chat", 60, failed),
+        // The same counters, and fewer looks.
+        scrape("g2", "chat", 30, counted(60_000, 40_000)),
+        // The day after.
+        scrape("g1", "chat", 86_400, counted(1_000_000, 1_000_000)),
+        scrape(
+            "g1",
+            "pair",
+            30,
+            json!({"unsupported": "kv_connector", "prompt_tokens_delta": 5, "generation_tokens_delta": 5}),
+        ),
+    ];
+    for row in &scrapes {
+        installed
+            .run(&format!(
+                "INSERT INTO vllm_system_metrics FORMAT JSONEachRow {row}"
+            ))
+            .await;
+    }
+    // One of them twice, in two batches.
+    let mut again = segment("chat", "e1", 50_000, 30_000);
+    again["batch"] = "again".into();
+    for row in [
+        segment("chat", "e1", 50_000, 30_000),
+        again,
+        segment("chat", "e2", 1_000, 1_000),
+    ] {
+        installed
+            .run(&format!("INSERT INTO request_segments FORMAT JSONEachRow {row}"))
+            .await;
+    }
+    let untold = |event: &str, more: Value| {
+        let mut row = row(event, 100, more);
+        row["upstream"] = "chat".into();
+        row["gateway_id"] = "g1".into();
+        row
+    };
+    let events = [
+        untold(
+            "e1",
+            json!({"prompt_tokens": 50_000, "completion_tokens": 30_000}),
+        ),
+        untold("d1", json!({"capture": "tap", "usage_source": "none"})),
+        untold("c1", json!({"prompt_tokens": 3, "usage_source": "counted"})),
+        untold("a1", json!({"outcome": "aborted", "usage_source": "none"})),
+        untold("r1", json!({"outcome": "client_error", "usage_source": "none"})),
+    ];
+    installed.store(&events).await;
+
+    let arguments = [&DAY[..], &["--reconciliation"]].concat();
+    let report = installed.json(&arguments);
+    let chat = json!({
+        "upstream": "chat", "engine_prompt_tokens": 100_000, "attributed_prompt_tokens": 51_000, "gap_prompt_tokens": 49_000,
+        "engine_completion_tokens": 40_000, "attributed_completion_tokens": 31_000, "gap_completion_tokens": 9_000, "source": "scrapes",
+        "gateways": 2, "gap_exceeded": true,
+        "likely_causes": ["direct", "usage_off", "aborted_unstreamed", "scrapes_failed"]
+    });
+    assert_eq!(report["upstreams"][0], chat);
+    assert_eq!(report["upstreams"][1]["likely_causes"], json!(["unsupported"]));
+
+    // Once the ledger has computed the window, its word counts: what a later window took back is no gap.
+    let window = json!({
+        "window_start": MIDNIGHT_US / 1_000_000 + 15, "upstream": "chat", "bill_nano_usd": 1, "busy_us": 1, "segments": 2,
+        "prompt_tokens": 51_000, "completion_tokens": 31_000, "engine_prompt_tokens": 61_000, "engine_completion_tokens": 31_500,
+        "unattributed_prompt_tokens": 9_000, "unattributed_completion_tokens": 0, "facts": 1, "rules": "", "revision": 1, "state": "settled",
+        "gateway_id": "g1"
+    });
+    installed
+        .run(&format!("INSERT INTO ledger_windows FORMAT JSONEachRow {window}"))
+        .await;
+    let report = installed.json(&arguments);
+    let chat = &report["upstreams"][0];
+    assert_eq!(
+        (
+            &chat["source"],
+            &chat["engine_prompt_tokens"],
+            &chat["gap_prompt_tokens"]
+        ),
+        (&json!("ledger"), &json!(61_000), &json!(9_000))
+    );
+    assert_eq!(
+        (&chat["gap_exceeded"], &chat["likely_causes"]),
+        (&json!(false), &json!([])),
+        "9 000 tokens are too few to be told"
+    );
+    let table = text(&installed.report(&arguments).stdout);
+    assert!(
+        table.contains("pair: unsupported: its prompts are prefilled"),
+        "{table}"
+    );
+    installed.finish().await;
+}

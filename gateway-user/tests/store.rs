@@ -70,6 +70,14 @@ async fn every_request_is_a_row_and_windows_add_up() {
         (rows > 0).then_some(())
     })
     .await;
+    let reconciled = "countIf(ok AND condition IN ('up', 'running') AND unsupported = '' AND attributed_completion_tokens > 0)";
+    eventually("a scrape that tells what was attributed", async || {
+        let rows = installed
+            .number(&format!("(SELECT {reconciled} FROM vllm_system_metrics)"))
+            .await?;
+        (rows > 0).then_some(())
+    })
+    .await;
     // What came last is stored when it stops, or waits: a restart finds it.
     exchange(gateway.clients, &post("/v1/chat/completions", "last", "{}")).await;
     gateway.stop();

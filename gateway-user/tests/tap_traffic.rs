@@ -844,3 +844,46 @@ fn idle_connections_cost_nothing_that_grows() {
         },
     ));
 }
+
+/// With a probe a gap need not be guessed at: it saw who else was there.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_of_another_gateway_and_past_all_gateways_are_named_as_causes_of_a_gap() {
+    let sim = Sim::start(&["--model", "tiny", "--instant"]);
+    let yaml = |id: &str, capture: &str| {
+        format!(
+            "gateway: {{id: {id}, secret: 0123456789abcdef0123456789abcdef}}\ncapture: {capture}\n\
+             upstreams: [{{name: chat, url: \"{}\", serves: generate}}]\nvllm: {{scrape_interval: 20ms}}\n\
+             ledger: {{settle_after: 200ms}}\nreconciliation: {{gap_tokens: 20}}\n",
+            sim.url()
+        )
+    };
+    let gateway = TestGateway::tapping(&yaml("one", "proxy+tap"));
+    let other = TestGateway::start(&yaml("two", "proxy"));
+    let cause_is = async |cause: &str| {
+        let label = format!("cause=\"{cause}\"");
+        let text = gateway.metrics().await;
+        metric_sum(&text, "gateway_reconciliation_gap_cause", &[&label]) == 1.0
+    };
+    support::eventually("the first scrape", async || {
+        let text = gateway.metrics().await;
+        (metric_sum(&text, "gateway_scrape_success", &[]) == 1.0).then_some(())
+    })
+    .await;
+    let body = r#"{"model":"tiny","ignore_eos":true,"max_tokens":40,"stream":true,"messages":[{"role":"user","content":"hi"}]}"#;
+    let request = support::post("/v1/chat/completions", "a", body);
+    exchange(other.addr, &request).await;
+    support::eventually("the other gateway to be named", async || {
+        cause_is("other_gateway").await.then_some(())
+    })
+    .await;
+    assert!(!cause_is("direct").await && !cause_is("direct_unseen").await);
+    exchange(sim.addr, &request).await;
+    support::eventually("the direct request to be named", async || {
+        cause_is("direct").await.then_some(())
+    })
+    .await;
+    assert!(
+        cause_is("other_gateway").await,
+        "it is looked back on for an hour"
+    );
+}

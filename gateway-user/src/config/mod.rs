@@ -29,7 +29,7 @@ pub(crate) use error::quote;
 pub use error::{ConfigError, EXIT_CONFIG, Place, Problem};
 pub use schema::{
     AdminConfig, Config, GatewayConfig, IdentityConfig, LedgerConfig, LogConfig, MetricsConfig, ProxyConfig,
-    SpoolConfig, StoreConfig, UpstreamConfig, UsageConfig, VllmConfig,
+    ReconciliationConfig, SpoolConfig, StoreConfig, UpstreamConfig, UsageConfig, VllmConfig,
 };
 pub use tap::{CgroupChoice, TapConfig};
 pub use units::ByteSize;

@@ -117,6 +117,11 @@ pub(super) fn read_file(findings: &mut Findings<'_>, config: &mut Config) {
         });
         top.section("spool", |section| read_spool(section, &mut config.spool));
         top.section("ledger", |section| read_ledger(section, &mut config.ledger));
+        top.section("reconciliation", |section| {
+            section.read("gap_share", &mut config.reconciliation.gap_share);
+            section.read("gap_tokens", &mut config.reconciliation.gap_tokens);
+            section.read("window", &mut config.reconciliation.window);
+        });
         top.sections("rates", &mut config.rates, read_rate);
         top.section("log", |section| {
             section.read("level", &mut config.log.level);
@@ -163,11 +168,16 @@ fn read_upstream(section: &mut Section<'_, '_>) -> Option<UpstreamConfig> {
     section.read_list("models", &mut models);
     section.read("health_path", &mut health_path);
     section.read("max_connections", &mut max_connections);
+    let (mut scale_to_zero, mut external_kv_is_cache) = (false, false);
+    section.read("scale_to_zero", &mut scale_to_zero);
+    section.read("external_kv_is_cache", &mut external_kv_is_cache);
     let mut price = vec![Price::ASSUMED];
     section.sections("price", &mut price, read_price);
     let mut upstream = UpstreamConfig {
         models,
         max_connections,
+        scale_to_zero,
+        external_kv_is_cache,
         price,
         ..UpstreamConfig::new(name?, url?, serves?)
     };

@@ -50,6 +50,8 @@ pub struct Config {
     pub spool: SpoolConfig,
     /// How costs are shared out.
     pub ledger: LedgerConfig,
+    /// When a difference to the engines' own counters is told.
+    pub reconciliation: ReconciliationConfig,
     /// What requests are charged by their tokens, by model and date. Default: one rate for all models, see [`Rate::ASSUMED`].
     pub rates: Vec<Rate>,
     /// The gateway's own log.
@@ -115,6 +117,10 @@ pub struct UpstreamConfig {
     pub health_path: String,
     /// Most connections to it at a time; 0 (default): no cap of its own.
     pub max_connections: u32,
+    /// Whether it is scaled to zero at times, so that nobody there is no outage. Default false.
+    pub scale_to_zero: bool,
+    /// Whether KV caches that come from outside are a cache of its own, and no prefill of another server's. Default false.
+    pub external_kv_is_cache: bool,
     /// What it costs, by date; none of it costs nothing. Default: one GPU at 2.50 USD an hour, see [`Price::ASSUMED`].
     pub price: Vec<Price>,
 }
@@ -251,6 +257,19 @@ pub struct LedgerConfig {
     pub settle_after: Duration,
 }
 
+/// Section `reconciliation`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ReconciliationConfig {
+    /// Which part of what the engine counted must be attributed to nobody for that to be told. Default 0.05: requests are told when they end or
+    /// with their window, so that half a minute of what runs is missing when traffic begins, and that is looked at 15 minutes later first.
+    pub gap_share: Millionths,
+    /// How many tokens it must be at least. Default 10 000: a share of next to nothing is next to nothing.
+    pub gap_tokens: u32,
+    /// How far is looked back, besides `ledger.settle_after`. Default 1 h.
+    #[serde(serialize_with = "serialize_duration")]
+    pub window: Duration,
+}
+
 /// Section `log`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LogConfig {
@@ -299,6 +318,7 @@ impl Default for Config {
             store: StoreConfig::default(),
             spool: SpoolConfig::default(),
             ledger: LedgerConfig::default(),
+            reconciliation: ReconciliationConfig::default(),
             rates: vec![Rate::ASSUMED],
             log: LogConfig {
                 level: LogLevel::Info,
@@ -351,12 +371,24 @@ impl UpstreamConfig {
             models: Vec::new(),
             health_path: "/health".to_owned(),
             max_connections: 0,
+            scale_to_zero: false,
+            external_kv_is_cache: false,
             price: vec![Price::ASSUMED],
         }
     }
 
     fn local(name: &'static str, port: u16, serves: Serves) -> Self {
         Self::new(Name::from_static(name), UpstreamUrl::local(port), serves)
+    }
+}
+
+impl Default for ReconciliationConfig {
+    fn default() -> Self {
+        Self {
+            gap_share: Millionths::new(50_000),
+            gap_tokens: 10_000,
+            window: Duration::from_secs(3600),
+        }
     }
 }
 

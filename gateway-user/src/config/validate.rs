@@ -74,6 +74,12 @@ pub(super) fn validate(config: &Config, findings: &mut Findings<'_>) {
     validate_database(&config.store.database, findings);
     validate_spool(&config.spool, findings);
     validate_ledger(&config.ledger, findings);
+    if config.reconciliation.gap_share > Millionths::ONE {
+        let found = config.reconciliation.gap_share;
+        let message = format!("expected a share, from 0 to 1, found {found}");
+        findings.refuse("reconciliation.gap_share", message);
+    }
+    refuse_zero_duration("reconciliation.window", config.reconciliation.window, findings);
     if let Err(error) = RateCard::new(config.rates.clone()) {
         findings.refuse("rates", error.to_string());
     }

@@ -2,8 +2,8 @@
 
 use super::Check;
 use super::upstream::{Asking, shown};
-use crate::vllm::delta::Growth;
-use crate::vllm::families::{Page, names_in, newest_names};
+use crate::vllm::families::{Page, Unsupported, names_in, newest_names};
+use crate::vllm::origin::follows;
 use hyper::StatusCode;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -30,11 +30,13 @@ pub(super) async fn checks(asking: &Asking, group: &str) -> Vec<Check> {
             Err(error) => return vec![flapping(group, &error)],
         }
     }
-    vec![
+    let mut checks = vec![
         families(group, &text),
         engines(group, &pages[0]),
         behind(group, &pages),
-    ]
+    ];
+    checks.extend(prefill(group, &pages[0], asking.upstream.external_kv_is_cache));
+    checks
 }
 
 async fn page(asking: &Asking) -> Result<(Page, String), String> {
@@ -95,6 +97,24 @@ fn engines(group: &str, page: &Page) -> Check {
     Check::ok(group, "engines", each.collect::<Vec<_>>().join(", "))
 }
 
+/// Whether what a server did for a request is all that was done for it; nothing is said where it is.
+fn prefill(group: &str, page: &Page, external_kv_is_cache: bool) -> Option<Check> {
+    let found = match page.unsupported()? {
+        Unsupported::KvConnector => "it has a connector for prefill on another server (NIXL)",
+        Unsupported::ExternalKv => {
+            "prompts come to it prefilled by another server, or out of a cache that is not its own"
+        }
+    };
+    if external_kv_is_cache {
+        let found = format!("{found}; it counts as a cache (external_kv_is_cache)");
+        return Some(Check::ok(group, "prefill", found));
+    }
+    Some(Check::problem(group, "prefill", found).advise(
+        "disaggregated prefill and decode cannot be billed: requests do not show what each server did for them, so that the time of this one goes to \
+         __unattributed__. Serve teams from servers that do both, or, if it is but a cache such as LMCache, set upstreams[].external_kv_is_cache",
+    ))
+}
+
 /// Counters of one process only grow, and it has started once.
 fn behind(group: &str, pages: &[Page]) -> Check {
     let starts: BTreeSet<Option<u64>> = pages
@@ -129,14 +149,6 @@ fn behind(group: &str, pages: &[Page]) -> Check {
         "what vLLM says of itself is worthless then: list each server by its own address as an upstream (VLLM_URL takes several, separated by \
          commas), and start vLLM with --api-server-count 1 if its processes do not sum their metrics. Requests are counted as they should be",
     )
-}
-
-/// Whether `after` can be a later page of the process that said `before`.
-fn follows(before: &Page, after: &Page) -> bool {
-    before.models.iter().all(|(name, model)| {
-        let later = after.models.get(name);
-        later.is_some_and(|later| Growth::between(model, later).is_some())
-    })
 }
 
 #[cfg(test)]
@@ -190,6 +202,17 @@ mod tests {
         assert!(
             check.state == State::Problem && check.found.contains("2 processes among 3"),
             "{check:?}"
+        );
+    }
+
+    #[test]
+    fn prefill_elsewhere_is_a_problem_unless_it_is_a_cache() {
+        assert!(prefill("g", &read(REAL), false).is_none());
+        let nixl = read("vllm:nixl_num_failed_transfers_total{model_name=\"m\"} 0\n");
+        let state = |is_cache| prefill("g", &nixl, is_cache).map(|check| check.state);
+        assert_eq!(
+            (state(false), state(true)),
+            (Some(State::Problem), Some(State::Ok))
         );
     }
 

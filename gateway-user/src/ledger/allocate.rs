@@ -173,7 +173,7 @@ impl Times {
             Condition::Running => &mut self.unattributed_us,
             Condition::Up => &mut self.idle_us,
             Condition::Loading => &mut self.loading_us,
-            Condition::ScaledToZero => &mut self.scaled_to_zero_us,
+            Condition::ScaledToZero | Condition::Asleep => &mut self.scaled_to_zero_us,
             Condition::Down => &mut self.down_us,
         }
     }

@@ -36,6 +36,40 @@ pub struct Totals {
 }
 
 impl Condition {
+    /// Every condition.
+    pub const ALL: [Condition; 6] = [
+        Condition::Down,
+        Condition::ScaledToZero,
+        Condition::Asleep,
+        Condition::Loading,
+        Condition::Up,
+        Condition::Running,
+    ];
+
+    /// The name in rows and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Condition::Down => "down",
+            Condition::ScaledToZero => "scaled_to_zero",
+            Condition::Asleep => "asleep",
+            Condition::Loading => "loading",
+            Condition::Up => "up",
+            Condition::Running => "running",
+        }
+    }
+
+    /// The condition of that name; `None` for any other, as in rows that are older than the names.
+    pub fn from_name(name: &str) -> Option<Condition> {
+        Condition::ALL
+            .into_iter()
+            .find(|condition| condition.name() == name)
+    }
+
+    /// How an engine was by a row of `vllm_system_metrics`: by its own word, or, in rows that have none, by what else it says.
+    pub fn of_row(name: &str, answered: bool, running: Option<f64>) -> Condition {
+        Condition::from_name(name).unwrap_or_else(|| Condition::of_scrape(answered, running))
+    }
+
     /// How an engine is that answered or not, with so many requests running.
     pub fn of_scrape(answered: bool, running: Option<f64>) -> Condition {
         match running {
@@ -246,6 +280,17 @@ mod tests {
         assert_eq!(Condition::of_scrape(true, Some(3.0)), Condition::Running);
         assert_eq!(Condition::of_scrape(true, Some(0.0)), Condition::Up);
         assert_eq!(Condition::of_scrape(true, None), Condition::Up);
+    }
+
+    #[test]
+    fn a_condition_is_known_by_its_name_and_an_older_row_by_the_rest() {
+        for condition in Condition::ALL {
+            assert_eq!(Condition::from_name(condition.name()), Some(condition));
+            assert_eq!(Condition::of_row(condition.name(), false, None), condition);
+        }
+        assert!(Condition::ALL.is_sorted());
+        assert_eq!(Condition::of_row("", true, Some(1.0)), Condition::Running);
+        assert_eq!(Condition::of_row("", false, None), Condition::Down);
     }
 
     proptest! {

@@ -71,6 +71,8 @@ pub enum Condition {
     Down,
     /// There was none, on purpose.
     ScaledToZero,
+    /// It slept, on purpose: there is a server, and its model is not on the GPU. Its time is that of a server that is not there.
+    Asleep,
     /// It loaded its model.
     Loading,
     /// It was ready.

@@ -6,6 +6,7 @@
 //! * [`price`] says what an upstream costs at each moment; [`method`] by which rules that is shared out.
 //! * `share` divides the time of an upstream between the requests that ran on it.
 //! * [`facts`] is what is known of one window of one upstream, and [`allocate()`] makes the rows of `cost_ledger` ([`row`]) out of it.
+//! * [`reconcile`] holds what engines counted against what requests are known to have used, and says what a gap may come from.
 //! * [`rates`] is the other amount: what a request is charged by its tokens alone.
 //!
 //! Promises: the rows of a window sum to the window's bill to the nano-USD, and the bills of adjoining windows to the bill of the span
@@ -21,6 +22,7 @@ pub mod method;
 pub mod money;
 pub mod price;
 pub mod rates;
+pub mod reconcile;
 pub mod row;
 pub mod segment;
 mod share;
@@ -33,6 +35,7 @@ pub use method::{Method, Millionths, Weights};
 pub use money::NanoUsd;
 pub use price::{Price, PriceError, PriceList};
 pub use rates::{PerMillion, Rate, RateCard, Usage};
+pub use reconcile::{Cause, Evidence, Gap, History, Interval, likely_causes};
 pub use row::{CostRow, Edition, State};
 pub use segment::{Cutter, Point, Run, SegmentRow, Slice, Wait, scheduled};
 pub use time::{Micros, Span, Window};

@@ -4,6 +4,7 @@
 
 use super::gaps::GapHistograms;
 use super::process::Process;
+use super::reconciliation::ReconciliationFamilies;
 use super::scrape::ScrapeFamilies;
 use prometheus::core::Collector;
 use prometheus::{
@@ -58,6 +59,7 @@ pub(super) struct Families {
     pub(super) queue_depth: IntGaugeVec,
     pub(super) dropped: IntCounterVec,
     pub(super) scrape: ScrapeFamilies,
+    pub(super) reconciliation: ReconciliationFamilies,
     pub(super) build_info: GaugeVec,
     pub(super) capture: GaugeVec,
     pub(super) start_time: Gauge,
@@ -92,6 +94,7 @@ impl Families {
             queue_depth: of.gauge("gateway_queue_depth", "Entries that wait in a queue of the gateway.", &["queue"])?,
             dropped: of.counter("gateway_dropped_total", "Entries that a queue of the gateway lost, by cause.", &["queue", "cause"])?,
             scrape: ScrapeFamilies::registered_by(&of)?,
+            reconciliation: ReconciliationFamilies::registered_by(&of)?,
             build_info: of.keep(GaugeVec::new(Opts::new("gateway_build_info", "1; the labels say which build runs."), &["version", "revision"])?)?,
             capture: of.keep(GaugeVec::new(Opts::new("gateway_capture_info", "1; the label says where requests are seen: proxy, proxy+tap or tap."), &["mode"])?)?,
             start_time: of.keep(Gauge::new("gateway_start_time_seconds", "When the gateway started, in seconds since 1970.")?)?,

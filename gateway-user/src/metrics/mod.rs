@@ -13,6 +13,7 @@ mod gaps;
 mod handles;
 mod labels;
 mod process;
+mod reconciliation;
 mod scrape;
 mod series;
 mod store;
@@ -21,6 +22,7 @@ mod tap;
 mod tests;
 
 pub use handles::{InflightGuard, QueueMetrics, UpstreamMetrics};
+pub use reconciliation::ReconciliationMetrics;
 pub use scrape::ScrapeMetrics;
 
 use crate::config::Capture;
@@ -154,6 +156,11 @@ impl Metrics {
     /// The handle of the scrape of a configured upstream.
     pub fn scrape(&self, upstream: &str) -> ScrapeMetrics {
         ScrapeMetrics::of(Arc::clone(&self.inner.families), upstream)
+    }
+
+    /// The handle of the reconciliation of a configured upstream.
+    pub fn reconciliation(&self, upstream: &str) -> ReconciliationMetrics {
+        ReconciliationMetrics::of(Arc::clone(&self.inner.families), upstream)
     }
 
     /// The handle of a bounded queue.

@@ -5,7 +5,9 @@
 //! and adds up rightly. Models are bounded by the reader of the page ([`crate::vllm::families::MODELS_MAX`] an upstream).
 
 use super::families::Maker;
+use crate::ledger::Condition;
 use crate::vllm::SystemSample;
+use crate::vllm::families::Unsupported;
 use crate::vllm::scrape::ScrapeError;
 use prometheus::{GaugeVec, IntCounter, IntCounterVec, IntGauge, Opts, Result};
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,6 +26,8 @@ pub(super) struct ScrapeFamilies {
     generation_tokens: IntCounterVec,
     preemptions: IntCounterVec,
     request_success: IntCounterVec,
+    condition: prometheus::IntGaugeVec,
+    unsupported: prometheus::IntGaugeVec,
 }
 
 impl ScrapeFamilies {
@@ -44,6 +48,8 @@ impl ScrapeFamilies {
             generation_tokens: of.counter("gateway_vllm_generation_tokens_total", "Tokens that the engines generated since the gateway first saw them.", model)?,
             preemptions: of.counter("gateway_vllm_preemptions_total", "Preemptions since the gateway first saw the engines.", model)?,
             request_success: of.counter("gateway_vllm_request_success_total", "Requests that the engines finished since the gateway first saw them, by reason.", &["upstream", "model", "reason"])?,
+            condition: of.gauge("gateway_upstream_condition", "1 for how the upstream was at the last scrape: down, scaled_to_zero, asleep, loading, up or running.", &["upstream", "condition"])?,
+            unsupported: of.gauge("gateway_upstream_unsupported", "1 while requests to the upstream are not billed by what it did for them, by reason: kv_connector or external_kv (prompts are prefilled on another server).", &["upstream", "reason"])?,
         })
     }
 
@@ -97,6 +103,7 @@ impl ScrapeMetrics {
         }
         self.resets
             .inc_by(samples.iter().any(|sample| sample.counter_reset).into());
+        self.show_state(samples);
         for sample in samples.iter().filter(|sample| !sample.ok) {
             self.families
                 .scrape
@@ -113,6 +120,26 @@ impl ScrapeMetrics {
         }
         gone.iter()
             .for_each(|(model, reasons)| self.remove(model, reasons));
+    }
+
+    /// How the server is: of several models the busiest says it.
+    fn show_state(&self, samples: &[SystemSample]) {
+        let of = &self.families.scrape;
+        let condition = samples.iter().filter_map(|sample| sample.condition).max();
+        for known in Condition::ALL {
+            let gauge = of.condition.with_label_values(&[&*self.upstream, known.name()]);
+            gauge.set((condition == Some(known)).into());
+        }
+        // A server that cannot be asked is as it was.
+        if samples.iter().any(|sample| sample.ok) {
+            for reason in Unsupported::ALL {
+                let is_so = samples.iter().any(|sample| sample.unsupported == reason.name());
+                let gauge = of
+                    .unsupported
+                    .with_label_values(&[&*self.upstream, reason.name()]);
+                gauge.set(is_so.into());
+            }
+        }
     }
 
     fn show(&self, sample: &SystemSample) {

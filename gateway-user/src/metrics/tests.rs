@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::event::CapturedBy;
+use crate::ledger::{Cause, Gap, Totals};
 use crate::vllm::SystemSample;
 use crate::wire::endpoint::Endpoint;
 use crate::wire::exchange::{GAP_BOUNDS_US, Gaps, UsageSource};
@@ -18,6 +19,7 @@ fn event(team: &str, model: &str) -> RequestEvent {
         project: "".into(),
         user_id: "".into(),
         model: model.into(),
+        base_model: None,
         upstream: "main".into(),
         endpoint: Endpoint::ChatCompletions.name(),
         priority: 0,
@@ -302,7 +304,24 @@ fn full() -> Metrics {
     queue.set_depth(3);
     queue.dropped("full", 2);
     metrics.scrape("main").record(&[system_sample()]);
+    let (counted, attributed) = (totals(100, 50), totals(90, 50));
+    let reconciliation = metrics.reconciliation("main");
+    reconciliation.compared(counted, attributed);
+    reconciliation.not_compared(totals(1, 2));
+    let gap = Gap {
+        counted,
+        attributed,
+        tokens: totals(10, 0),
+    };
+    reconciliation.judged(&gap, true, false, &[Cause::Direct]);
     metrics
+}
+
+fn totals(prompt_tokens: u64, completion_tokens: u64) -> Totals {
+    Totals {
+        prompt_tokens,
+        completion_tokens,
+    }
 }
 
 /// A scrape after which every value is known.
@@ -328,7 +347,7 @@ fn system_sample() -> SystemSample {
 }
 
 /// All names that are promised to dashboards; a rename here is a break for whoever uses them.
-const NAMES: [&str; 38] = [
+const NAMES: [&str; 47] = [
     "gateway_build_info",
     "gateway_client_connections",
     "gateway_dropped_total",
@@ -337,6 +356,13 @@ const NAMES: [&str; 38] = [
     "gateway_injection_total",
     "gateway_inter_token_latency_seconds",
     "gateway_queue_depth",
+    "gateway_reconciliation_attributed_tokens_total",
+    "gateway_reconciliation_engine_tokens_total",
+    "gateway_reconciliation_gap_cause",
+    "gateway_reconciliation_gap_exceeded",
+    "gateway_reconciliation_gap_tokens",
+    "gateway_reconciliation_ratio",
+    "gateway_reconciliation_uncompared_tokens_total",
     "gateway_refused_total",
     "gateway_request_body_bytes_total",
     "gateway_request_overhead_seconds",
@@ -348,10 +374,12 @@ const NAMES: [&str; 38] = [
     "gateway_scrape_success",
     "gateway_start_time_seconds",
     "gateway_tokens_total",
+    "gateway_upstream_condition",
     "gateway_upstream_connect_failures_total",
     "gateway_upstream_connections",
     "gateway_upstream_inflight",
     "gateway_upstream_retries_total",
+    "gateway_upstream_unsupported",
     "gateway_upstream_up",
     "gateway_usage_source_total",
     "gateway_vllm_generation_tokens_total",

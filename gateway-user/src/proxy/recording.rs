@@ -10,7 +10,7 @@ use crate::event::{Begin, CapturedBy, Context, EventSink};
 use crate::identity::Identity;
 use crate::ids::{self, random_hex};
 use crate::metrics::InflightGuard;
-use crate::segments::{self, Segments};
+use crate::segments::Segments;
 use crate::trace::Trace;
 use crate::wire::exchange::{Ending, Exchange, Facts};
 use crate::wire::head::RequestHead;
@@ -140,7 +140,7 @@ impl Recording {
                 .waits
                 .of(live.context.upstream.as_deref().unwrap_or_default());
             let slices = live.segments.advance(&mut live.exchange, now, wait);
-            segments::record(&books.sinks, &live.context, live.exchange.model(), &slices);
+            books.segments(&live.context, live.exchange.model(), &slices);
         }
     }
 

@@ -10,6 +10,7 @@ mod column;
 mod csv;
 mod json;
 mod period;
+mod reconciliation;
 mod table;
 mod time;
 
@@ -64,6 +65,9 @@ pub struct ReportArgs {
     /// How to print it.
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
+    /// Instead: what the engines counted against what requests are known to have used, for each upstream, and where a gap may come from.
+    #[arg(long, conflicts_with = "by")]
+    reconciliation: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -132,6 +136,16 @@ pub async fn run(
             return Ok(EXIT_CONFIG);
         }
     };
+    if arguments.reconciliation {
+        let text = match reconcile(arguments, &config).await {
+            Ok(text) => text,
+            Err(error) => {
+                writeln!(err, "{error}")?;
+                return Ok(error.exit_code());
+            }
+        };
+        return write(out, &text);
+    }
     let report = match gather(arguments, &config).await {
         Ok(report) => report,
         Err(error) => {
@@ -147,6 +161,22 @@ pub async fn run(
         }
         Format::Json => json::print(&report),
     };
+    write(out, &text)
+}
+
+/// What `--reconciliation` prints.
+async fn reconcile(arguments: &ReportArgs, config: &Config) -> Result<String, ReportError> {
+    let period = period::of(arguments.since, arguments.from, arguments.to, time::now_us())?;
+    let found = FiguresReader::new(&config.store)?.reconciliation(period).await?;
+    Ok(reconciliation::print(
+        period,
+        &found,
+        &config.reconciliation,
+        arguments.format,
+    ))
+}
+
+fn write(out: &mut dyn Write, text: &str) -> io::Result<u8> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
         _ => Ok(0),

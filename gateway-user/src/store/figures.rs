@@ -10,9 +10,11 @@
 
 mod error;
 mod reader;
+mod reconciliation;
 
 pub use error::ReadError;
 pub use reader::FiguresReader;
+pub use reconciliation::Reconciled;
 
 /// What requests can be grouped by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

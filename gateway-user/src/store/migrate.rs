@@ -44,6 +44,11 @@ pub const MIGRATIONS: &[Migration] = &[
         name: "ledger_windows",
         sql: include_str!("../../../sql/0005_ledger_windows.sql"),
     },
+    Migration {
+        version: 6,
+        name: "reconciliation",
+        sql: include_str!("../../../sql/0006_reconciliation.sql"),
+    },
 ];
 
 /// What the schema depends on besides its version.

@@ -214,6 +214,42 @@ pub struct Engine {
     counters: [Option<Newest<u64>>; Counter::COUNT],
     success: Option<Newest<ByReason>>,
     latencies: [Option<Newest<Buckets>>; Latency::COUNT],
+    /// Whether it is awake, where the server can be put to sleep.
+    awake: Option<bool>,
+    transfers: Transfers,
+}
+
+/// What tells of KV caches that come from other servers. vLLM has counted these since different versions, and not all connectors fill them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Transfers {
+    /// Whether there is a family of NIXL's, the connector between prefill and decode servers: it is there from the start, with 0 in it.
+    has_nixl: bool,
+    /// Prompt tokens that no prefill of this server's made, nor its own prefix cache had.
+    external: u64,
+    /// Those of them, by tier, that came from another server or from nobody knows where; `None` for servers that do not tell tiers.
+    from_others: Option<u64>,
+}
+
+/// Why the requests of a server cannot be billed by what it did for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unsupported {
+    /// It has a connector that is there to hand prefilled prompts over (NIXL).
+    KvConnector,
+    /// Prompt tokens came to it prefilled.
+    ExternalKv,
+}
+
+impl Unsupported {
+    /// Every one.
+    pub const ALL: [Unsupported; 2] = [Unsupported::KvConnector, Unsupported::ExternalKv];
+
+    /// The name in metrics and rows.
+    pub fn name(self) -> &'static str {
+        match self {
+            Unsupported::KvConnector => "kv_connector",
+            Unsupported::ExternalKv => "external_kv",
+        }
+    }
 }
 
 /// Requests by why they ended.
@@ -274,9 +310,10 @@ impl Page {
         if sample.name == "process_start_time_seconds" && sample.value.is_finite() {
             self.process_start_s = Some(sample.value);
         }
-        let Some((family, age)) = meaning(sample.name) else {
+        let said = Said::of(sample);
+        if said.is_none() {
             return;
-        };
+        }
         let Some(model) = sample.label("model_name") else {
             return;
         };
@@ -287,7 +324,79 @@ impl Page {
             return;
         }
         let engines = &mut self.models.entry(model.into()).or_default().engines;
-        engines.entry(engine.into()).or_default().add(family, age, sample);
+        let engine = engines.entry(engine.into()).or_default();
+        match said {
+            Some(Said::Family(family, age)) => engine.add(family, age, sample),
+            Some(Said::State(state)) => engine.add_state(state, sample.value),
+            None => {}
+        }
+    }
+
+    /// The one model that all requests to the server run on; `None` when it names several.
+    ///
+    /// vLLM labels everything with the base model, also what was done for an adapter.
+    pub fn only_model(&self) -> Option<&str> {
+        let mut names = self.models.keys();
+        match (names.next(), names.next()) {
+            (Some(name), None) => Some(name),
+            _ => None,
+        }
+    }
+
+    /// Why its requests cannot be billed, if they cannot.
+    pub fn unsupported(&self) -> Option<Unsupported> {
+        let engines = self.models.values().flat_map(|model| model.engines.values());
+        let has = |of: fn(&Transfers) -> bool| engines.clone().any(|engine| of(&engine.transfers));
+        if has(|transfers| transfers.has_nixl) {
+            Some(Unsupported::KvConnector)
+        } else if has(|transfers| transfers.from_others.unwrap_or(transfers.external) > 0) {
+            Some(Unsupported::ExternalKv)
+        } else {
+            None
+        }
+    }
+}
+
+/// What one sample is about.
+#[derive(Clone, Copy)]
+enum Said {
+    /// A family, and how many renames ago it was named so.
+    Family(Family, u8),
+    /// The kind of server that this is, and the state that it is in: of which older servers say nothing, and miss nothing.
+    State(State),
+}
+
+#[derive(Clone, Copy)]
+enum State {
+    /// `engine_sleep_state{sleep_state="awake"}`, 1 or 0.
+    Awake,
+    Nixl,
+    /// `prompt_tokens_by_source{source="external_kv_transfer"}`.
+    External,
+    /// A tier of `prompt_tokens_cached_by_source`, and whether it is not the server's own.
+    Tier {
+        is_foreign: bool,
+    },
+}
+
+impl Said {
+    fn of(sample: &Sample<'_>) -> Option<Said> {
+        if let Some((family, age)) = meaning(sample.name) {
+            return Some(Said::Family(family, age));
+        }
+        let name = sample.name.strip_prefix(PREFIX)?;
+        let label_is = |label: &str, wanted: &str| sample.label(label) == Some(wanted);
+        let state = match name.strip_suffix("_total").unwrap_or(name) {
+            "engine_sleep_state" if label_is("sleep_state", "awake") => State::Awake,
+            "prompt_tokens_by_source" if label_is("source", "external_kv_transfer") => State::External,
+            "prompt_tokens_cached_by_source" => State::Tier {
+                // `device`, `host` and `disk` are caches of the server's own.
+                is_foreign: label_is("source", "p2p") || label_is("source", "external_unspecified"),
+            },
+            name if name.starts_with("nixl_") => State::Nixl,
+            _ => return None,
+        };
+        Some(Said::State(state))
     }
 }
 
@@ -322,6 +431,23 @@ impl Engine {
                         buckets.0.push((bound_s, count))
                     });
                 }
+            }
+        }
+    }
+
+    fn add_state(&mut self, state: State, value: f64) {
+        let transfers = &mut self.transfers;
+        match state {
+            State::Awake if value.is_finite() => self.awake = Some(value > 0.0),
+            State::Awake => {}
+            State::Nixl => transfers.has_nixl = true,
+            State::External => {
+                transfers.external = transfers.external.saturating_add(count(value).unwrap_or(0))
+            }
+            State::Tier { is_foreign } => {
+                let tokens = count(value).filter(|_| is_foreign).unwrap_or(0);
+                let sum = transfers.from_others.get_or_insert(0);
+                *sum = sum.saturating_add(tokens);
             }
         }
     }
@@ -415,6 +541,12 @@ impl Model {
             .values()
             .filter_map(|engine| engine.counter(counter))
             .reduce(u64::saturating_add)
+    }
+
+    /// Whether all of its engines sleep: they have left the GPU to others, on purpose, and run nothing until they are woken.
+    pub fn is_asleep(&self) -> bool {
+        let mut awake = self.engines.values().map(|engine| engine.awake);
+        !self.engines.is_empty() && awake.all(|awake| awake == Some(false))
     }
 
     /// How many engines serve the model.
@@ -550,6 +682,72 @@ mod tests {
         assert_eq!(model.gauge_sum(Gauge::Running), Some(8.0));
         assert_eq!(model.gauge_mean(Gauge::KvCacheUsage), Some(0.4));
         assert_eq!(model.counter_sum(Counter::GenerationTokens), Some(25));
+    }
+
+    #[test]
+    fn a_server_sleeps_when_none_of_its_engines_is_awake() {
+        let states = |states: &[&str]| {
+            let line = |(engine, value): (usize, &&str)| {
+                format!(
+                    "vllm:engine_sleep_state{{engine=\"{engine}\",model_name=\"m\",sleep_state=\"awake\"}} {value}\n\
+                     vllm:engine_sleep_state{{engine=\"{engine}\",model_name=\"m\",sleep_state=\"discard_all\"}} 1\n"
+                )
+            };
+            model(&states.iter().enumerate().map(line).collect::<String>()).is_asleep()
+        };
+        assert!(states(&["0.0"]) && states(&["0.0", "0"]));
+        assert!(!states(&["1.0"]) && !states(&["0.0", "1.0"]) && !states(&["NaN"]));
+        let untold = model("vllm:num_requests_running{model_name=\"m\"} 0\n");
+        assert!(!untold.is_asleep(), "a server that does not say is awake");
+    }
+
+    #[test]
+    fn prefill_elsewhere_is_told_from_caches_of_the_servers_own() {
+        let real = include_str!("../../tests/fixtures/vllm-0.32.0/metrics_after.prom");
+        let unsupported = |page: &str| Page::read(page.as_bytes()).unwrap().unsupported();
+        let with = |series: &str, value: &str| {
+            let (series, value) = (format!("{series}\"}} 0.0\n"), format!("{series}\"}} {value}\n"));
+            assert!(real.contains(&series), "{series}");
+            real.replace(&series, &value)
+        };
+        assert_eq!(unsupported(real), None);
+        let tier = |tier: &str| {
+            with(
+                &format!(
+                    "vllm:prompt_tokens_cached_by_source_total{{engine=\"0\",model_name=\"tiny\",source=\"{tier}"
+                ),
+                "7.0",
+            )
+        };
+        let external = "vllm:prompt_tokens_by_source_total{engine=\"0\",model_name=\"tiny\",source=\"external_kv_transfer";
+        for (page, expected) in [
+            (tier("p2p"), Some(Unsupported::ExternalKv)),
+            (tier("external_unspecified"), Some(Unsupported::ExternalKv)),
+            (tier("host"), None),
+            (tier("disk"), None),
+            (with(external, "7.0"), None),
+            // A server that tells no tiers.
+            (
+                with(external, "7.0").replace("vllm:prompt_tokens_cached_by_source", "vllm:other"),
+                Some(Unsupported::ExternalKv),
+            ),
+            (
+                format!("{real}vllm:nixl_xfer_time_seconds_count{{engine=\"0\",model_name=\"tiny\"}} 0.0\n"),
+                Some(Unsupported::KvConnector),
+            ),
+        ] {
+            assert_eq!(unsupported(&page), expected);
+        }
+    }
+
+    #[test]
+    fn a_server_with_one_model_has_one_base_model() {
+        let page = |models: &[&str]| {
+            let line = |model: &&str| format!("vllm:num_requests_running{{model_name=\"{model}\"}} 1\n");
+            Page::read(models.iter().map(line).collect::<String>().as_bytes()).unwrap()
+        };
+        assert_eq!(page(&["a"]).only_model(), Some("a"));
+        assert_eq!(page(&["a", "b"]).only_model(), None);
     }
 
     #[test]

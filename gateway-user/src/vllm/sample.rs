@@ -2,7 +2,8 @@
 
 use super::delta::Growth;
 use super::families::{ByReason, Counter, Gauge, Latency, Model};
-use serde::Serialize;
+use crate::ledger::Condition;
+use serde::{Serialize, Serializer};
 use std::time::Duration;
 
 /// Median and tails of a latency, in microseconds; `None` without observations.
@@ -33,6 +34,16 @@ pub struct SystemSample {
     pub ok: bool,
     /// Why there is none: a reason from a bounded set, else empty.
     pub error: &'static str,
+    /// How the engine was; `None` in rows that nobody judged.
+    #[serde(serialize_with = "name_of_condition")]
+    pub condition: Option<Condition>,
+    /// Why its requests are not billed by what it did for them: a reason from a bounded set, else empty.
+    pub unsupported: &'static str,
+    /// Prompt tokens, as the engine counts them, that this gateway attributed to requests since its page before; `None` where there is none,
+    /// or several models share one server.
+    pub attributed_prompt_tokens: Option<u64>,
+    /// Generated tokens, likewise.
+    pub attributed_completion_tokens: Option<u64>,
     /// How long the scrape took.
     pub scrape_us: u64,
     /// Time since the page that the differences are from; `None` with them.
@@ -89,6 +100,11 @@ impl SystemSample {
     /// Fills in what the page says of `model`.
     pub(super) fn describe(&mut self, name: &str, model: &Model) {
         self.ok = true;
+        self.condition = Some(match model.gauge_sum(Gauge::Running) {
+            Some(running) if running > 0.0 => Condition::Running,
+            _ if model.is_asleep() => Condition::Asleep,
+            running => Condition::of_scrape(true, running),
+        });
         self.model = name.into();
         self.engines = model.engine_count();
         self.running = model.gauge_sum(Gauge::Running);
@@ -130,6 +146,10 @@ fn percentiles(growth: &Growth, latency: Latency) -> Percentiles {
         p95_us: at(0.95),
         p99_us: at(0.99),
     }
+}
+
+fn name_of_condition<S: Serializer>(condition: &Option<Condition>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(condition.map_or("", Condition::name))
 }
 
 /// Where samples go. Called on the scrape's own task: it must neither block nor fail.

@@ -1,14 +1,19 @@
 //! The task that reads one upstream's `/metrics` over and over, and the page it remembers.
 
 use super::delta::Growth;
-use super::families::{Model, Page, PageError};
+use super::families::{Model, Page, PageError, Unsupported};
 use super::fetch::{self, FetchError};
+use super::origin::{Origins, follows};
 use super::{SampleSink, SystemSample};
 use crate::config::{UpstreamConfig, UpstreamUrl};
+use crate::ledger::Condition;
 use crate::metrics::ScrapeMetrics;
+use crate::reconcile::{Outcome, Reconciler};
+use crate::tally::Tally;
 use hyper::StatusCode;
 use hyper::body::Bytes;
 use hyper::header::{ACCEPT, ACCEPT_ENCODING};
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -69,6 +74,16 @@ impl ScrapeError {
         "not_vllm",
     ];
 
+    /// How the server is that gave this instead of a page. Whether it is loading its model is mostly known only later: vLLM does not listen
+    /// before it has.
+    fn condition(&self, scale_to_zero: bool) -> Condition {
+        match self {
+            ScrapeError::Connect(_) if scale_to_zero => Condition::ScaledToZero,
+            ScrapeError::Status(StatusCode::SERVICE_UNAVAILABLE) => Condition::Loading,
+            _ => Condition::Down,
+        }
+    }
+
     /// The name in metrics and rows.
     pub fn reason(&self) -> &'static str {
         match self {
@@ -95,7 +110,18 @@ pub struct Scraper {
     last: Option<(Page, Instant)>,
     /// Whether the last scrape failed: the log tells only changes.
     failing: bool,
+    scale_to_zero: bool,
+    external_kv_is_cache: bool,
+    origins: Origins,
+    /// Rows of scrapes that failed since the last page, which may turn out to be of a server that was loading.
+    unexplained: VecDeque<SystemSample>,
+    unsupported: Option<Unsupported>,
+    /// What was booked of it, and what is made of that.
+    reconciling: Option<(Arc<Tally>, Reconciler)>,
 }
+
+/// Most such rows: four hours at 15 s, longer than any model takes to load.
+const UNEXPLAINED_MAX: usize = 1_000;
 
 impl Scraper {
     /// A scraper of `upstream`, whose samples go to `sinks`.
@@ -114,7 +140,19 @@ impl Scraper {
             sinks,
             last: None,
             failing: false,
+            scale_to_zero: upstream.scale_to_zero,
+            external_kv_is_cache: upstream.external_kv_is_cache,
+            origins: Origins::default(),
+            unexplained: VecDeque::new(),
+            unsupported: None,
+            reconciling: None,
         }
+    }
+
+    /// The same, which also tells what was booked (`tally`) what it learns, and holds its counts against it.
+    pub fn reconciling(mut self, tally: Arc<Tally>, reconciler: Reconciler) -> Scraper {
+        self.reconciling = Some((tally, reconciler));
+        self
     }
 
     /// Scrapes every `every` until the task is ended. A scrape that takes longer makes the next ones fall out.
@@ -146,11 +184,11 @@ impl Scraper {
         };
         self.log_change(page.as_ref().err());
         let samples = match page {
-            Ok(page) => self.samples(page, arrived, &base),
-            Err(error) => vec![SystemSample {
-                error: error.reason(),
-                ..base
-            }],
+            Ok(page) => {
+                self.explain(&page);
+                self.samples(page, arrived, &base)
+            }
+            Err(error) => vec![self.failed(&error, arrived, base)],
         };
         self.metrics.record(&samples);
         for sample in &samples {
@@ -172,7 +210,8 @@ impl Scraper {
             }
             sample
         });
-        let samples = samples.collect();
+        let mut samples: Vec<SystemSample> = samples.collect();
+        self.learn(&page, arrived, &mut samples);
         if page.left_out > 0 {
             tracing::debug!(
                 upstream = &*self.upstream,
@@ -182,6 +221,71 @@ impl Scraper {
         }
         self.last = Some((page, arrived));
         samples
+    }
+
+    /// The sample of a scrape that failed.
+    fn failed(&mut self, error: &ScrapeError, at: Instant, base: SystemSample) -> SystemSample {
+        let sample = SystemSample {
+            error: error.reason(),
+            condition: Some(error.condition(self.scale_to_zero)),
+            ..base
+        };
+        if self.unexplained.len() == UNEXPLAINED_MAX {
+            self.unexplained.pop_front();
+        }
+        self.unexplained.push_back(sample.clone());
+        if let Some((_, reconciler)) = &mut self.reconciling {
+            reconciler.look(at, Outcome::Failed);
+        }
+        sample
+    }
+
+    /// Writes the rows of failed scrapes again that turn out to have been made while the server was loading: its process was there already, by the
+    /// server's own clock.
+    fn explain(&mut self, page: &Page) {
+        let unexplained = std::mem::take(&mut self.unexplained);
+        let Some(start_s) = page.process_start_s else {
+            return;
+        };
+        for mut sample in unexplained {
+            if sample.scraped_at_ms as f64 >= start_s * 1e3 && sample.condition != Some(Condition::Loading) {
+                sample.condition = Some(Condition::Loading);
+                self.sinks.iter().for_each(|sink| sink.record(&sample));
+            }
+        }
+    }
+
+    /// Takes note of what the page says of the server as such, and of what was booked since the page before.
+    fn learn(&mut self, page: &Page, at: Instant, samples: &mut [SystemSample]) {
+        let follows = self.last.as_ref().is_none_or(|(last, _)| follows(last, page));
+        self.origins.note(page.process_start_s, follows);
+        let unsupported = page.unsupported().filter(|_| !self.external_kv_is_cache);
+        for sample in samples.iter_mut() {
+            sample.unsupported = unsupported.map_or("", Unsupported::name);
+        }
+        self.log_unsupported(unsupported);
+        let Some((tally, reconciler)) = &mut self.reconciling else {
+            return;
+        };
+        tally.learn(page.only_model(), unsupported);
+        let outcome = Outcome::of(samples, self.origins.are_several(), unsupported.is_some());
+        let attributed = reconciler.look(at, outcome);
+        if let ([sample], Some(attributed)) = (samples, attributed) {
+            sample.attributed_prompt_tokens = Some(attributed.prompt_tokens);
+            sample.attributed_completion_tokens = Some(attributed.completion_tokens);
+        }
+    }
+
+    fn log_unsupported(&mut self, unsupported: Option<Unsupported>) {
+        if let Some(reason) = unsupported.filter(|_| self.unsupported.is_none()) {
+            tracing::warn!(
+                upstream = &*self.upstream,
+                reason = reason.name(),
+                "prompts are prefilled on another server than the one that generates (disaggregated serving): what requests took of either is not \
+                 known, so that its time goes to __unattributed__ and not to teams; if it is but a cache, set upstreams[].external_kv_is_cache"
+            );
+        }
+        self.unsupported = unsupported;
     }
 
     /// What the last page said of a model, when that was, and whether `page` is by the same process.

@@ -21,6 +21,7 @@ mod tokens;
 mod tools;
 
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
@@ -54,13 +55,23 @@ fn main() -> anyhow::Result<()> {
 
 async fn run(options: Options) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
-    let listener = listen(&options)?;
-    let address = listener
+    let socket = bind(&options)?;
+    let address = socket
         .local_addr()
         .context("cannot read the address that was bound")?;
     let engine = start_engine(&options);
+    let load_time = options.load_time;
     let site = Arc::new(Site::new(options, engine));
-    let server = tokio::spawn(http::serve(listener, site));
+    let server = match load_time {
+        None => tokio::spawn(http::serve(listen(socket, address)?, site)),
+        Some(load_time) => tokio::spawn(async move {
+            tokio::time::sleep(load_time).await;
+            match listen(socket, address) {
+                Ok(listener) => http::serve(listener, site).await,
+                Err(error) => eprintln!("vllm-sim: {error:#}"),
+            }
+        }),
+    };
     // Tests wait for this line, so it must leave at once.
     let mut stdout = std::io::stdout();
     writeln!(stdout, "listening on http://{address}")?;
@@ -73,7 +84,7 @@ async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn listen(options: &Options) -> anyhow::Result<TcpListener> {
+fn bind(options: &Options) -> anyhow::Result<TcpSocket> {
     let address = options.listen;
     let socket = if address.is_ipv4() {
         TcpSocket::new_v4()
@@ -81,12 +92,16 @@ fn listen(options: &Options) -> anyhow::Result<TcpListener> {
         TcpSocket::new_v6()
     }?;
     socket.set_reuseaddr(true)?;
-    socket.bind(address).with_context(|| {
-        format!("cannot listen on {address}: choose another with --listen (port 0: any free one)")
-    })?;
-    socket.listen(BACKLOG).with_context(|| {
-        format!("cannot listen on {address}: choose another with --listen (port 0: any free one)")
-    })
+    socket.bind(address).with_context(|| taken(address))?;
+    Ok(socket)
+}
+
+fn listen(socket: TcpSocket, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    socket.listen(BACKLOG).with_context(|| taken(address))
+}
+
+fn taken(address: SocketAddr) -> String {
+    format!("cannot listen on {address}: choose another with --listen (port 0: any free one)")
 }
 
 fn start_engine(options: &Options) -> Engine {

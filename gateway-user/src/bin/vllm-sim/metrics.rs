@@ -20,14 +20,15 @@ const SLEEP_STATE: &str = "Engine sleep state; awake = 0 means engine is sleepin
 const EXTERNAL: &str = "from KV connector cross-instance cache sharing, in terms of number of";
 
 /// The whole page.
-pub fn render(stats: &Stats, options: &Options, started_s: f64) -> String {
+pub fn render(stats: &Stats, options: &Options, started_s: f64, sleep_level: u8) -> String {
     let mut page = Page {
         out: String::with_capacity(64 * 1024),
         model: label_value(&options.models[0]),
         started_s,
+        is_disaggregated: options.disaggregated,
     };
     page.process();
-    page.gauges(stats);
+    page.gauges(stats, sleep_level);
     page.cache_counters(stats);
     page.token_counters(stats);
     page.request_counters(stats);
@@ -60,6 +61,7 @@ struct Page {
     out: String,
     model: String,
     started_s: f64,
+    is_disaggregated: bool,
 }
 
 impl Page {
@@ -74,7 +76,7 @@ impl Page {
         self.line(&format!("{name} {started}"));
     }
 
-    fn gauges(&mut self, stats: &Stats) {
+    fn gauges(&mut self, stats: &Stats, sleep_level: u8) {
         for (name, unit) in [
             ("flops", "floating point operations"),
             ("read_bytes", "bytes read from memory"),
@@ -100,7 +102,12 @@ impl Page {
             "gauge",
             ("reason", &waiting),
         );
-        let awake = [("awake", 1.0), ("weights_offloaded", 0.0), ("discard_all", 0.0)];
+        let is_at = |level| f64::from(u8::from(sleep_level == level));
+        let awake = [
+            ("awake", is_at(0)),
+            ("weights_offloaded", is_at(1)),
+            ("discard_all", is_at(2)),
+        ];
         self.series(
             "engine_sleep_state",
             SLEEP_STATE,
@@ -154,10 +161,15 @@ impl Page {
             "Number of prefill tokens processed.",
             stats.prompt_tokens,
         );
+        let computed = stats.prompt_tokens_computed as f64;
+        let (here, elsewhere) = match self.is_disaggregated {
+            true => (0.0, computed),
+            false => (computed, 0.0),
+        };
         let sources = [
-            ("local_compute", stats.prompt_tokens_computed as f64),
+            ("local_compute", here),
             ("local_cache_hit", stats.prompt_tokens_cached as f64),
-            ("external_kv_transfer", 0.0),
+            ("external_kv_transfer", elsewhere),
         ];
         self.series(
             "prompt_tokens_by_source",
@@ -168,7 +180,11 @@ impl Page {
         let help = "Number of cached prompt tokens (local + external).";
         self.counter("prompt_tokens_cached", help, stats.prompt_tokens_cached);
         let tiers = ["device", "host", "p2p", "disk", "external_unspecified"];
-        let tiers = tiers.map(|tier| (tier, stats.prefix_hits as f64 * f64::from(tier == "device")));
+        let tiers = tiers.map(|tier| match tier {
+            "device" => (tier, stats.prefix_hits as f64),
+            "p2p" => (tier, elsewhere),
+            _ => (tier, 0.0),
+        });
         self.series(
             "prompt_tokens_cached_by_source",
             CACHED_BY_SOURCE,
@@ -180,6 +196,13 @@ impl Page {
             "Number of generation tokens processed.",
             stats.generation_tokens,
         );
+        if self.is_disaggregated {
+            self.counter(
+                "nixl_num_failed_transfers",
+                "Number of failed NIXL KV Cache transfers.",
+                0,
+            );
+        }
     }
 
     fn request_counters(&mut self, stats: &Stats) {
@@ -402,7 +425,7 @@ mod tests {
     #[test]
     fn every_engine_family_is_there_as_the_real_server_has_it() {
         let options = Options::try_parse_from(["vllm-sim"]).unwrap();
-        let ours = skeleton(&render(&Stats::default(), &options, 1.0));
+        let ours = skeleton(&render(&Stats::default(), &options, 1.0, 0));
         let real = skeleton(REAL);
         for (ours, real) in ours.iter().zip(&real) {
             assert_eq!(ours, real);

@@ -136,6 +136,18 @@ pub struct Options {
     #[arg(long, default_value_t = 0.0, value_parser = probability)]
     pub fail_error_event: f64,
 
+    /// How long the model takes to load. Until then the port is bound and nobody listens, as with vLLM: connections are refused.
+    #[arg(long, value_parser = duration)]
+    pub load_time: Option<Duration>,
+
+    /// Serve /sleep, /wake_up and /is_sleeping, as VLLM_SERVER_DEV_MODE=1 does. Requests to a sleeping server are served all the same.
+    #[arg(long)]
+    pub dev_mode: bool,
+
+    /// Show /metrics as the decode server of a disaggregated pair does: prompts come prefilled, through NIXL.
+    #[arg(long)]
+    pub disaggregated: bool,
+
     /// Serve /sim/requests and /sim/totals: what the engine did for each request.
     #[arg(long)]
     pub introspect: bool,

@@ -1,7 +1,7 @@
 //! From a request to its answer: routes, faults, and the way through the engine.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -38,6 +38,8 @@ pub struct Site {
     fingerprint: Option<Arc<str>>,
     started_s: f64,
     ids: AtomicU64,
+    /// 0 is awake; 1 and 2 are the levels of /sleep.
+    sleep_level: AtomicU8,
     /// Filled with --log-sockets only.
     pub sockets: SocketLog,
 }
@@ -57,6 +59,9 @@ enum Route {
     SimRequests,
     SimTotals,
     SimSockets,
+    Sleep,
+    WakeUp,
+    IsSleeping,
 }
 
 impl Route {
@@ -79,6 +84,9 @@ impl Route {
             "/version" => Route::Version,
             "/load" => Route::Load,
             "/metrics" => Route::Metrics,
+            "/sleep" if options.dev_mode => Route::Sleep,
+            "/wake_up" if options.dev_mode => Route::WakeUp,
+            "/is_sleeping" if options.dev_mode => Route::IsSleeping,
             "/sim/requests" if options.introspect => Route::SimRequests,
             "/sim/totals" if options.introspect => Route::SimTotals,
             "/sim/sockets" if options.log_sockets => Route::SimSockets,
@@ -93,7 +101,9 @@ impl Route {
             | Route::Pool(_)
             | Route::CountTokens
             | Route::Tokenize
-            | Route::Detokenize => "POST",
+            | Route::Detokenize
+            | Route::Sleep
+            | Route::WakeUp => "POST",
             _ => "GET",
         }
     }
@@ -113,6 +123,7 @@ impl Site {
             started_s: since_epoch.as_secs_f64(),
             // Ids must differ between runs, whatever the seed.
             ids: AtomicU64::new(since_epoch.as_nanos() as u64),
+            sleep_level: AtomicU8::new(0),
             sockets: SocketLog::default(),
             options,
         }
@@ -136,6 +147,15 @@ impl Site {
                 response.headers_mut().insert(REQUEST_ID, id);
             }
             return response;
+        }
+        if matches!(route, Route::Sleep | Route::WakeUp) {
+            let level = if route == Route::WakeUp {
+                0
+            } else {
+                sleep_level(request.uri().query())
+            };
+            self.sleep_level.store(level, Ordering::Relaxed);
+            return self.heads.empty();
         }
         let fault = match route {
             Route::Generate(_) | Route::Pool(_) => match self.faults.draw(request.headers()) {
@@ -175,7 +195,8 @@ impl Site {
                 .json(200, format!(r#"{{"server_load":{}}}"#, self.engine.open()), None),
             Route::Metrics => match self.engine.stats().await {
                 Some(stats) => {
-                    let page = metrics::render(&stats, &self.options, self.started_s);
+                    let sleep_level = self.sleep_level.load(Ordering::Relaxed);
+                    let page = metrics::render(&stats, &self.options, self.started_s, sleep_level);
                     self.heads.typed(200, Bytes::from(page), METRICS_TYPE, None)
                 }
                 None => unavailable(),
@@ -190,6 +211,11 @@ impl Site {
                     .typed(200, Bytes::from(lines), "application/x-ndjson", None),
                 None => unavailable(),
             },
+            Route::IsSleeping => {
+                let is_sleeping = self.sleep_level.load(Ordering::Relaxed) > 0;
+                self.heads
+                    .json(200, format!(r#"{{"is_sleeping":{is_sleeping}}}"#), None)
+            }
             Route::SimSockets => {
                 let lines = self.sockets.lines();
                 self.heads
@@ -384,6 +410,12 @@ impl Exchange<'_> {
             .as_ref()
             .filter(|_| self.site.options.request_id_headers)
     }
+}
+
+/// `level=2` discards the weights; 1, the default, moves them to the host's memory.
+fn sleep_level(query: Option<&str>) -> u8 {
+    let is_two = query.is_some_and(|query| query.split('&').any(|pair| pair == "level=2"));
+    1 + u8::from(is_two)
 }
 
 fn now_s() -> u64 {

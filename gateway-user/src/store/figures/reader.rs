@@ -9,7 +9,7 @@ use crate::store::sender;
 use crate::store::service::url_of;
 use crate::wire::endpoint::{Endpoint, Purpose};
 use clickhouse::error::Error;
-use clickhouse::{Client, Row};
+use clickhouse::{Client, Row, RowOwned, RowRead};
 use serde::Deserialize;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -56,21 +56,11 @@ impl FiguresReader {
     /// [`ReadError`].
     pub async fn read(&self, period: Period, by: &[Dimension]) -> Result<GroupedFigures, ReadError> {
         self.check_schema().await?;
-        let purpose = |purpose| {
-            let known = Endpoint::ALL.iter();
-            known
-                .filter(|endpoint| endpoint.purpose() == purpose)
-                .map(|endpoint| endpoint.name())
-                .collect::<Vec<_>>()
-        };
-        let query = self
-            .client
-            .query(&statement(by))
-            .param("from_us", period.from_us)
-            .param("to_us", period.to_us)
-            .param("generating", purpose(Purpose::Generate))
-            .param("pooling", purpose(Purpose::Pool));
-        let rows: Vec<FiguresRow> = self.answer(FIGURES_MAX, query.fetch_all()).await?;
+        let parameters = [
+            ("generating", endpoints_of(Purpose::Generate)),
+            ("pooling", endpoints_of(Purpose::Pool)),
+        ];
+        let rows: Vec<FiguresRow> = self.rows_with(&statement(by), period, parameters).await?;
         let mut grouped = GroupedFigures::default();
         for row in rows {
             // The total's array is the only one without elements.
@@ -87,7 +77,33 @@ impl FiguresReader {
         Ok(grouped)
     }
 
-    async fn check_schema(&self) -> Result<(), ReadError> {
+    /// The rows of a statement about a period.
+    pub(super) async fn rows<T: RowOwned + RowRead>(
+        &self,
+        statement: &str,
+        period: Period,
+    ) -> Result<Vec<T>, ReadError> {
+        self.rows_with(statement, period, []).await
+    }
+
+    /// The same, with lists of names as further parameters.
+    pub(super) async fn rows_with<T: RowOwned + RowRead, const N: usize>(
+        &self,
+        statement: &str,
+        period: Period,
+        lists: [(&str, Vec<&'static str>); N],
+    ) -> Result<Vec<T>, ReadError> {
+        let query = self.client.query(statement);
+        let query = query
+            .param("from_us", period.from_us)
+            .param("to_us", period.to_us);
+        let query = lists
+            .into_iter()
+            .fold(query, |query, (name, list)| query.param(name, list));
+        self.answer(FIGURES_MAX, query.fetch_all()).await
+    }
+
+    pub(super) async fn check_schema(&self) -> Result<(), ReadError> {
         let found = self
             .answer(FIRST_ANSWER_MAX, migrate::version(&self.client))
             .await?;
@@ -159,6 +175,15 @@ impl FiguresReader {
             remedy,
         }
     }
+}
+
+/// The names of the routes that are there for something.
+pub(super) fn endpoints_of(purpose: Purpose) -> Vec<&'static str> {
+    let known = Endpoint::ALL.iter();
+    known
+        .filter(|endpoint| endpoint.purpose() == purpose)
+        .map(|endpoint| endpoint.name())
+        .collect()
 }
 
 /// What lies at the bottom of an error: above it stands only which layer passed it on.

@@ -3,6 +3,7 @@
 use super::*;
 use crate::config::Config;
 use crate::metrics::{Limits as Labels, Metrics};
+use crate::reconcile::Bounds;
 use crate::vllm::Percentiles;
 use crate::vllm::families::ByReason;
 use std::collections::BTreeSet;
@@ -81,6 +82,7 @@ fn the_page_under_load_says_what_stands() {
         upstream: "gpu-1".into(),
         model: "tiny".into(),
         ok: true,
+        condition: Some(Condition::Running),
         engines: 1,
         running: Some(24.0),
         waiting: Some(0.0),
@@ -103,6 +105,7 @@ fn between_the_two_pages_24_requests_ended() {
         upstream: "gpu-1".into(),
         model: "tiny".into(),
         ok: true,
+        condition: Some(Condition::Up),
         interval_us: Some(2_000_000),
         engines: 1,
         running: Some(0.0),
@@ -247,8 +250,13 @@ fn the_json_form_has_the_columns_of_the_table() {
         .and_then(|(_, rest)| rest.split_once("\n)\n"))
         .unwrap()
         .0;
+    let added = include_str!("../../../../sql/0006_reconciliation.sql");
+    let added = added
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("ADD COLUMN IF NOT EXISTS "));
     let columns: BTreeSet<&str> = body
         .lines()
+        .chain(added)
         .filter_map(|line| line.split_whitespace().next())
         .collect();
     let sample = samples_of(&[UNDER_LOAD, AFTER], 15).remove(1).remove(0);
@@ -257,6 +265,7 @@ fn the_json_form_has_the_columns_of_the_table() {
     assert_eq!(fields, columns);
     assert_eq!(json["itl_p95_us"], 24_250);
     assert_eq!(json["ttft_p50_us"], serde_json::Value::Null);
+    assert_eq!(json["condition"], "up");
     assert_eq!(json["request_success"]["length"], 24);
     let text = serde_json::to_string(&SystemSample {
         scraped_at_ms: 1_700_000_000_123,
@@ -325,6 +334,11 @@ async fn every_failure_has_its_reason_and_leaves_one_row() {
         let [sample] = scraper.scrape().await.try_into().unwrap();
         let expected = SystemSample {
             error: reason,
+            condition: Some(match *reason {
+                // Only a server that says so itself is known to be loading.
+                "status" => Condition::Loading,
+                _ => Condition::Down,
+            }),
             gateway_id: "gw".into(),
             upstream: "gpu-1".into(),
             scraped_at_ms: sample.scraped_at_ms,
@@ -365,7 +379,70 @@ async fn a_server_that_is_not_there_or_says_nothing() {
     let addr = silent.local_addr().unwrap();
     drop(silent);
     let mut refused = scraper(addr, &metrics());
-    assert_eq!(refused.scrape().await[0].error, "connect");
+    let sample = refused.scrape().await.remove(0);
+    assert_eq!(
+        (sample.error, sample.condition),
+        ("connect", Some(Condition::Down))
+    );
+    refused.scale_to_zero = true;
+    let sample = refused.scrape().await.remove(0);
+    assert_eq!(sample.condition, Some(Condition::ScaledToZero));
+}
+
+/// vLLM's port is bound and refuses connections until the model is loaded; then the page says since when the process was there.
+#[tokio::test]
+async fn rows_of_a_server_that_was_loading_are_written_again_when_that_is_known() {
+    let (metrics, kept) = (metrics(), Arc::new(Kept::default()));
+    let mut scraper = scraper(SocketAddr::from(([127, 0, 0, 1], 1)), &metrics);
+    scraper.sinks = vec![kept.clone()];
+    let start = Instant::now();
+    let refused = |error: &ScrapeError, at_s: i64, scraper: &mut Scraper| {
+        let base = SystemSample {
+            scraped_at_ms: 1_795_355_248_790 + at_s * 1_000,
+            ..SystemSample::default()
+        };
+        scraper.failed(error, start, base)
+    };
+    let connect = ScrapeError::Connect(io::ErrorKind::ConnectionRefused.into());
+    for at_s in [-20, -5, 10, 25] {
+        let sample = refused(&connect, at_s, &mut scraper);
+        assert_eq!(sample.condition, Some(Condition::Down), "nobody knows yet");
+    }
+    let said = refused(
+        &ScrapeError::Status(StatusCode::SERVICE_UNAVAILABLE),
+        40,
+        &mut scraper,
+    );
+    assert_eq!(said.condition, Some(Condition::Loading));
+    // Its process started at 1795355248.79.
+    scraper.explain(&Page::read(AFTER.as_bytes()).unwrap());
+    let again = kept.0.lock().unwrap().clone();
+    let said = |sample: &SystemSample| (sample.scraped_at_ms - 1_795_355_248_790, sample.condition);
+    let loading = Some(Condition::Loading);
+    assert_eq!(
+        again.iter().map(said).collect::<Vec<_>>(),
+        [(10_000, loading), (25_000, loading)],
+        "before its process there was none"
+    );
+    scraper.explain(&Page::read(AFTER.as_bytes()).unwrap());
+    assert_eq!(kept.0.lock().unwrap().len(), 2, "they are written again once");
+}
+
+#[test]
+fn a_page_says_whether_the_engine_sleeps_and_where_its_prompts_are_prefilled() {
+    let awake = "sleep_state=\"awake\"} 1.0";
+    assert!(AFTER.contains(awake));
+    let asleep = AFTER.replace(awake, "sleep_state=\"awake\"} 0.0");
+    let transferred = "source=\"p2p\"} 0.0";
+    assert!(AFTER.contains(transferred));
+    let decode = AFTER.replace(transferred, "source=\"p2p\"} 9.0");
+    let of = |page: &str| {
+        let sample = samples_of(&[page], 15).remove(0).remove(0);
+        (sample.condition, sample.unsupported)
+    };
+    assert_eq!(of(AFTER), (Some(Condition::Up), ""));
+    assert_eq!(of(&asleep), (Some(Condition::Asleep), ""));
+    assert_eq!(of(&decode), (Some(Condition::Up), "external_kv"));
 }
 
 #[tokio::test]
@@ -454,4 +531,45 @@ async fn a_failed_scrape_takes_the_series_away_and_its_tokens_come_with_the_next
         !metrics.encode().unwrap().contains("model=\"tiny\""),
         "the model is gone, and so are its series"
     );
+}
+
+#[tokio::test]
+async fn counters_of_several_processes_in_turn_are_compared_with_nothing() {
+    let started = "process_start_time_seconds 1.79535524879e+09";
+    assert!(AFTER.contains(started));
+    let other = AFTER.replace(started, "process_start_time_seconds 1.79535999999e+09");
+    let pages = [UNDER_LOAD, &*other, AFTER, AFTER].map(ok);
+    let (addr, _) = server(pages.to_vec()).await;
+    let (metrics, tally) = (metrics(), Arc::<Tally>::default());
+    let bounds = Bounds::of(&Config::default());
+    let reconciler = Reconciler::new(
+        "gpu-1",
+        Arc::clone(&tally),
+        None,
+        bounds,
+        metrics.reconciliation("gpu-1"),
+    );
+    let mut scraper = scraper(addr, &metrics).reconciling(Arc::clone(&tally), reconciler);
+    let shared = || {
+        let text = metrics.encode().unwrap();
+        text.contains("gateway_reconciliation_gap_cause{cause=\"shared_address\",upstream=\"gpu-1\"} 1\n")
+    };
+    let mut attributed = Vec::new();
+    for is_shared in [false, false, true, true] {
+        attributed.push(scraper.scrape().await[0].attributed_completion_tokens);
+        assert_eq!(
+            shared(),
+            is_shared,
+            "two processes could be a restart, three cannot"
+        );
+    }
+    assert_eq!(attributed, [None, Some(0), Some(0), Some(0)]);
+    let text = metrics.encode().unwrap();
+    assert!(
+        text.contains(
+            "gateway_reconciliation_engine_tokens_total{type=\"completion\",upstream=\"gpu-1\"} 0\n"
+        ),
+        "{text}"
+    );
+    assert_eq!(tally.base_model().as_deref(), Some("tiny"));
 }
