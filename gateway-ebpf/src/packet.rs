@@ -1,4 +1,7 @@
 //! Finds a TCP segment in a packet. The packet begins with its IP header: cgroup programs see no link layer.
+//!
+//! Headers are read as words, which is how they are laid out. From bytes the compiler makes a load, a store to the stack and a load from there for
+//! each, which took longer than all that the kernel does for the probe.
 
 use crate::diagnostic::Malformed;
 use crate::setting::is_watched;
@@ -30,10 +33,13 @@ pub enum Packet {
     Other,
 }
 
+/// An address in IPv6's form, as it lies in memory.
+pub type Address = [u32; 4];
+
 /// A TCP segment.
 pub struct Segment {
-    pub client: [u8; 16],
-    pub server: [u8; 16],
+    pub client: Address,
+    pub server: Address,
     pub client_port: u16,
     pub server_port: u16,
     pub sequence: u32,
@@ -45,17 +51,22 @@ pub struct Segment {
 
 /// What the IP header says.
 struct Ip {
-    source: [u8; 16],
-    destination: [u8; 16],
+    source: Address,
+    destination: Address,
     tcp_at: u32,
 }
 
 /// Reads a packet that goes in `DIRECTION`; what is wrong with it goes to `wrong`.
 #[inline(always)]
 pub fn read<const DIRECTION: u8>(ctx: &SkBuffContext, wrong: &mut Malformed<DIRECTION>) -> Packet {
-    let ip = match ctx.load::<u8>(0).map(|first| first >> 4) {
-        Ok(4) => ipv4(ctx, wrong),
-        Ok(6) => ipv6(ctx, wrong),
+    // As long as IPv4's, and half of IPv6's.
+    let Ok(header) = ctx.load::<[u32; 5]>(0) else {
+        return Packet::Other;
+    };
+    let header = header.map(u32::from_be);
+    let ip = match header[0] >> 28 {
+        4 => ipv4(ctx, header, wrong),
+        6 => ipv6(ctx, header, wrong),
         _ => return Packet::Other,
     };
     match ip {
@@ -65,36 +76,42 @@ pub fn read<const DIRECTION: u8>(ctx: &SkBuffContext, wrong: &mut Malformed<DIRE
 }
 
 #[inline(always)]
-fn ipv4<const DIRECTION: u8>(ctx: &SkBuffContext, wrong: &mut Malformed<DIRECTION>) -> Result<Ip, Packet> {
-    let header: [u8; 20] = ctx.load(0).map_err(|_| Packet::Other)?;
-    if header[9] != PROTOCOL_TCP {
+fn ipv4<const DIRECTION: u8>(
+    ctx: &SkBuffContext,
+    header: [u32; 5],
+    wrong: &mut Malformed<DIRECTION>,
+) -> Result<Ip, Packet> {
+    if (header[2] >> 16) as u8 != PROTOCOL_TCP {
         return Err(Packet::Other);
     }
-    let header_bytes = u32::from(header[0] & 0xf) * 4;
+    let header_bytes = (header[0] >> 24 & 0xf) * 4;
     // A fragment but the first has no TCP header; on the way in and out they are whole, so that none should come.
-    let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
+    let fragment = header[1] & 0x1fff;
     if header_bytes < 20 || fragment != 0 {
-        wrong.set([ctx.len(), header_bytes, fragment.into(), 0, 0, 0]);
+        wrong.set([ctx.len(), header_bytes, fragment, 0, 0, 0]);
         return Err(Packet::Other);
     }
     Ok(Ip {
-        source: mapped([header[12], header[13], header[14], header[15]]),
-        destination: mapped([header[16], header[17], header[18], header[19]]),
+        source: mapped(header[3]),
+        destination: mapped(header[4]),
         tcp_at: header_bytes,
     })
 }
 
 /// An IPv4 address in IPv6's form (RFC 4291 §2.5.5.2).
 #[inline(always)]
-fn mapped([a, b, c, d]: [u8; 4]) -> [u8; 16] {
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+fn mapped(address: u32) -> Address {
+    [0, 0, 0xffff_u32.to_be(), address.to_be()]
 }
 
 #[inline(always)]
-fn ipv6<const DIRECTION: u8>(ctx: &SkBuffContext, wrong: &mut Malformed<DIRECTION>) -> Result<Ip, Packet> {
-    let next: u8 = ctx.load(6).map_err(|_| Packet::Other)?;
-    let tcp_at = skip_extensions(ctx, next)?;
-    let (Ok(source), Ok(destination)) = (ctx.load(8), ctx.load(24)) else {
+fn ipv6<const DIRECTION: u8>(
+    ctx: &SkBuffContext,
+    header: [u32; 5],
+    wrong: &mut Malformed<DIRECTION>,
+) -> Result<Ip, Packet> {
+    let tcp_at = skip_extensions(ctx, (header[1] >> 8) as u8)?;
+    let Ok([source, destination]) = ctx.load::<[Address; 2]>(8) else {
         wrong.set([ctx.len(), tcp_at, 0, 0, 0, 0]);
         return Err(Packet::Other);
     };
@@ -136,18 +153,18 @@ fn skip_extensions(ctx: &SkBuffContext, mut next: u8) -> Result<u32, Packet> {
 
 #[inline(always)]
 fn tcp<const DIRECTION: u8>(ctx: &SkBuffContext, ip: Ip, wrong: &mut Malformed<DIRECTION>) -> Packet {
-    let Ok(header) = ctx.load::<[u8; TCP_HEADER_BYTES as usize]>(ip.tcp_at as usize) else {
+    let Ok(header) = ctx.load::<[u32; TCP_HEADER_BYTES as usize / 4]>(ip.tcp_at as usize) else {
         wrong.set([ctx.len(), ip.tcp_at, 0, 0, 0, 0]);
         return Packet::Other;
     };
-    let source_port = u16::from_be_bytes([header[0], header[1]]);
-    let destination_port = u16::from_be_bytes([header[2], header[3]]);
+    let header = header.map(u32::from_be);
+    let (source_port, destination_port) = ((header[0] >> 16) as u16, header[0] as u16);
     let (client, client_port, server, server_port) = if DIRECTION == INGRESS {
         (ip.source, source_port, ip.destination, destination_port)
     } else {
         (ip.destination, destination_port, ip.source, source_port)
     };
-    let header_bytes = u32::from(header[12] >> 4) * 4;
+    let header_bytes = (header[3] >> 28) * 4;
     let payload_at = ip.tcp_at + header_bytes;
     // The packet's own length, not what the IP header says, which has no room for that of a BIG TCP packet.
     if header_bytes < TCP_HEADER_BYTES || payload_at > ctx.len() {
@@ -164,7 +181,7 @@ fn tcp<const DIRECTION: u8>(ctx: &SkBuffContext, ip: Ip, wrong: &mut Malformed<D
     // No packet is longer than the mask. It lets the verifier forget on which of many ways through the headers it came here: without it,
     // it would go through the rest once for each, which is most of the million steps that it takes at most.
     let payload_bytes = (ctx.len() - payload_at) & PAYLOAD_MASK;
-    let flags = flags(header[13]);
+    let flags = flags((header[3] >> 16) as u8);
     // A bare acknowledgement says nothing that the payload's own time does not.
     if !is_watched(server_port) || (payload_bytes == 0 && flags == 0) {
         return Packet::Other;
@@ -174,7 +191,7 @@ fn tcp<const DIRECTION: u8>(ctx: &SkBuffContext, ip: Ip, wrong: &mut Malformed<D
         server,
         client_port,
         server_port,
-        sequence: u32::from_be_bytes([header[4], header[5], header[6], header[7]]),
+        sequence: header[1],
         flags,
         payload_at,
         payload_bytes,

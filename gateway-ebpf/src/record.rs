@@ -1,7 +1,7 @@
 //! Puts a segment into the ring, in as many records as it takes.
 
 use crate::counter::{Direction, Loss};
-use crate::packet::Segment;
+use crate::packet::{Address, Segment};
 use aya_ebpf::{
     EbpfContext,
     bindings::BPF_RB_NO_WAKEUP,
@@ -62,6 +62,15 @@ struct Parts<'a> {
     wanted_bytes: u32,
 }
 
+/// What one part says that the others do not.
+struct Part {
+    sequence: u32,
+    len_bytes: u32,
+    captured_bytes: u32,
+    offset_bytes: u32,
+    flags: u8,
+}
+
 impl Parts<'_> {
     /// An error comes with the offset of the first part that was lost.
     #[inline(always)]
@@ -77,10 +86,10 @@ impl Parts<'_> {
             if part >= parts {
                 break;
             }
-            let mut record = self.record(offset_bytes);
-            record.len_bytes = PART_BYTES;
-            record.captured_bytes = PART_BYTES;
-            self.submit::<{ PART_BYTES as usize }>(&record)?;
+            let mut part = self.part(offset_bytes);
+            part.len_bytes = PART_BYTES;
+            part.captured_bytes = PART_BYTES;
+            self.submit::<{ PART_BYTES as usize }>(&part)?;
             offset_bytes += PART_BYTES;
         }
         self.put_last()
@@ -89,26 +98,26 @@ impl Parts<'_> {
     /// The last part stands for all that is left, captured or not.
     #[inline(always)]
     fn put_last(&self) -> Result<(), (Loss, u32)> {
-        let mut record = self.record(self.wanted_bytes.saturating_sub(1) & !(PART_BYTES - 1));
-        record.len_bytes = self.segment.payload_bytes - record.offset_bytes;
-        record.captured_bytes = self.wanted_bytes - record.offset_bytes;
-        record.flags |= self.segment.flags & (FIN | RST);
-        match record.captured_bytes {
-            0 => self.submit_bare(&record),
-            1..=128 => self.submit::<128>(&record),
-            129..=256 => self.submit::<256>(&record),
-            257..=512 => self.submit::<512>(&record),
-            513..=1024 => self.submit::<1024>(&record),
-            1025..=2048 => self.submit::<2048>(&record),
-            2049..=4096 => self.submit::<4096>(&record),
-            4097..=8192 => self.submit::<8192>(&record),
-            _ => self.submit::<{ PART_BYTES as usize }>(&record),
+        let mut part = self.part(self.wanted_bytes.saturating_sub(1) & !(PART_BYTES - 1));
+        part.len_bytes = self.segment.payload_bytes - part.offset_bytes;
+        part.captured_bytes = self.wanted_bytes - part.offset_bytes;
+        part.flags |= self.segment.flags & (FIN | RST);
+        match part.captured_bytes {
+            0 => self.submit_bare(&part),
+            1..=128 => self.submit::<128>(&part),
+            129..=256 => self.submit::<256>(&part),
+            257..=512 => self.submit::<512>(&part),
+            513..=1024 => self.submit::<1024>(&part),
+            1025..=2048 => self.submit::<2048>(&part),
+            2049..=4096 => self.submit::<4096>(&part),
+            4097..=8192 => self.submit::<8192>(&part),
+            _ => self.submit::<{ PART_BYTES as usize }>(&part),
         }
     }
 
-    /// What all parts say alike, and where this one is.
+    /// Where a part is.
     #[inline(always)]
-    fn record(&self, offset_bytes: u32) -> Record {
+    fn part(&self, offset_bytes: u32) -> Part {
         let segment = self.segment;
         let is_first = offset_bytes == 0;
         // The SYN takes a sequence number of its own, before the first byte.
@@ -118,46 +127,60 @@ impl Parts<'_> {
         } else {
             offset_bytes + u32::from(syn)
         };
-        Record {
-            time_ns: self.time_ns,
-            client: segment.client,
-            server: segment.server,
-            client_port: segment.client_port,
-            server_port: segment.server_port,
+        Part {
             sequence: segment.sequence.wrapping_add(skipped),
             len_bytes: 0,
             captured_bytes: 0,
             offset_bytes,
-            version: VERSION,
-            direction: self.direction,
             flags: if is_first { syn } else { 0 },
-            reserved: 0,
+        }
+    }
+
+    /// Writes a part's record where it belongs, each field once: put together elsewhere, it would be copied byte by byte.
+    #[inline(always)]
+    unsafe fn write(&self, part: &Part, place: *mut Record) {
+        let segment = self.segment;
+        // The place is as well aligned as a record, and both addresses stand at multiples of eight in it.
+        unsafe {
+            (&raw mut (*place).time_ns).write(self.time_ns);
+            (&raw mut (*place).client).cast::<Address>().write(segment.client);
+            (&raw mut (*place).server).cast::<Address>().write(segment.server);
+            (&raw mut (*place).client_port).write(segment.client_port);
+            (&raw mut (*place).server_port).write(segment.server_port);
+            (&raw mut (*place).sequence).write(part.sequence);
+            (&raw mut (*place).len_bytes).write(part.len_bytes);
+            (&raw mut (*place).captured_bytes).write(part.captured_bytes);
+            (&raw mut (*place).offset_bytes).write(part.offset_bytes);
+            (&raw mut (*place).version).write(VERSION);
+            (&raw mut (*place).direction).write(self.direction);
+            (&raw mut (*place).flags).write(part.flags);
+            (&raw mut (*place).reserved).write(0);
         }
     }
 
     #[inline(always)]
-    fn submit_bare(&self, record: &Record) -> Result<(), (Loss, u32)> {
+    fn submit_bare(&self, part: &Part) -> Result<(), (Loss, u32)> {
         let Some(mut entry) = RECORDS.reserve::<Record>(0) else {
-            return Err((Loss::RingFull, record.offset_bytes));
+            return Err((Loss::RingFull, part.offset_bytes));
         };
-        entry.write(*record);
+        unsafe { self.write(part, entry.as_mut_ptr()) };
         entry.submit(NO_WAKEUP);
-        self.counters.submitted(record.len_bytes);
+        self.counters.submitted(part.len_bytes);
         Ok(())
     }
 
     /// One record with payload: `captured_bytes` is 1 to `N`, a power of two.
     #[inline(always)]
-    fn submit<const N: usize>(&self, record: &Record) -> Result<(), (Loss, u32)> {
+    fn submit<const N: usize>(&self, part: &Part) -> Result<(), (Loss, u32)> {
         let Some(mut entry) = RECORDS.reserve::<Entry<N>>(0) else {
-            return Err((Loss::RingFull, record.offset_bytes));
+            return Err((Loss::RingFull, part.offset_bytes));
         };
         let place = entry.as_mut_ptr();
-        let from = self.segment.payload_at + record.offset_bytes;
+        let from = self.segment.payload_at + part.offset_bytes;
         // The verifier wants to see that it is neither 0 nor too long, and the compiler knows that and would leave the proof out.
-        let len_bytes = (opaque(u64::from(record.captured_bytes) - 1) & (N as u64 - 1)) + 1;
+        let len_bytes = (opaque(u64::from(part.captured_bytes) - 1) & (N as u64 - 1)) + 1;
         let failed = unsafe {
-            (&raw mut (*place).record).write(*record);
+            self.write(part, &raw mut (*place).record);
             bpf_skb_load_bytes(
                 self.ctx.as_ptr(),
                 from,
@@ -167,10 +190,10 @@ impl Parts<'_> {
         };
         if failed != 0 {
             entry.discard(NO_WAKEUP);
-            return Err((Loss::LoadFailed, record.offset_bytes));
+            return Err((Loss::LoadFailed, part.offset_bytes));
         }
         entry.submit(NO_WAKEUP);
-        self.counters.submitted(record.len_bytes);
+        self.counters.submitted(part.len_bytes);
         Ok(())
     }
 }

@@ -18,6 +18,8 @@ const CLIENT_ID_BYTES_MAX: usize = 128;
 /// Makes request ids.
 pub struct RequestIds {
     gateway_id: Box<str>,
+    /// What all ids of this run begin with.
+    run: Box<str>,
     /// Seconds since 1970 at the start, so that sequence numbers of two runs of one gateway never meet.
     boot: u64,
     next: AtomicU64,
@@ -33,9 +35,11 @@ impl RequestIds {
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
             .as_millis();
+        let boot = u64::try_from(boot).unwrap_or(u64::MAX);
         RequestIds {
             gateway_id: gateway_id.into(),
-            boot: u64::try_from(boot).unwrap_or(u64::MAX),
+            run: format!("{gateway_id}-{boot:x}-").into(),
+            boot,
             next: AtomicU64::new(1),
             key: keyed(secret.unwrap_or(&random)),
         }
@@ -49,7 +53,14 @@ impl RequestIds {
     /// The next id.
     pub fn next(&self) -> Box<str> {
         let sequence = self.next.fetch_add(1, Ordering::Relaxed);
-        format!("{}-{:x}-{sequence:x}", self.gateway_id, self.boot).into()
+        let digits = (u64::BITS - sequence.leading_zeros()).div_ceil(4).max(1);
+        // As long as it will be, so that it need not be moved; by hand, as below.
+        let mut id = String::with_capacity(self.run.len() + digits as usize);
+        id.push_str(&self.run);
+        for digit in (0..digits).rev() {
+            id.push(char::from(DIGITS[(sequence >> (4 * digit)) as usize & 15]));
+        }
+        id.into()
     }
 
     /// Whether this very run of the gateway made `id`, given that it was verified.
@@ -112,9 +123,11 @@ pub fn random_hex<const BYTES: usize>() -> String {
     text
 }
 
+/// Of hexadecimal.
+const DIGITS: &[u8; 16] = b"0123456789abcdef";
+
 /// By hand, since a request has some fifty such bytes and formatting each took as long as all of its headers.
 fn push_hex(bytes: &[u8], text: &mut String) {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
     for byte in bytes {
         for digit in [byte >> 4, byte & 15] {
             text.push(char::from(DIGITS[usize::from(digit)]));
@@ -157,6 +170,15 @@ mod tests {
             assert!(!ours.is_own(&other), "{other}");
         }
         assert_eq!(origin("gw-1-xyz"), None);
+    }
+
+    #[test]
+    fn sequence_numbers_are_in_hexadecimal_without_zeros_before_them() {
+        let ours = RequestIds::new("gw-1", None);
+        for sequence in [0, 1, 15, 16, 0xabc, 0x1000, u64::MAX - 1, u64::MAX] {
+            ours.next.store(sequence, Ordering::Relaxed);
+            assert_eq!(&*ours.next(), format!("gw-1-{:x}-{sequence:x}", ours.boot));
+        }
     }
 
     #[test]

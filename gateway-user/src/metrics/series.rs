@@ -107,10 +107,16 @@ pub(super) struct Series {
     gaps: OnceLock<Arc<GapHistogram>>,
 }
 
-#[derive(Clone)]
 struct Ended {
     requests: IntCounter,
     duration: Histogram,
+}
+
+impl Ended {
+    fn record(&self, duration_s: f64) {
+        self.requests.inc();
+        self.duration.observe(duration_s);
+    }
 }
 
 impl Series {
@@ -136,9 +142,7 @@ impl Series {
     }
 
     pub(super) fn record(&self, families: &Families, event: &RequestEvent) {
-        let ended = self.ended(families, event.status_code, event.outcome);
-        ended.requests.inc();
-        ended.duration.observe(seconds(event.duration_us));
+        self.record_end(families, event);
         self.request_body.inc_by(event.request_bytes);
         self.response_body.inc_by(event.response_bytes);
         self.record_phases(families, event);
@@ -195,29 +199,32 @@ impl Series {
         );
     }
 
-    fn ended(&self, families: &Families, status: u16, outcome: Outcome) -> Ended {
-        let find = |known: &[(u16, Outcome, Ended)]| {
+    fn record_end(&self, families: &Families, event: &RequestEvent) {
+        let (status, outcome) = (event.status_code, event.outcome);
+        let record = |known: &[(u16, Outcome, Ended)]| {
             let mut known = known.iter();
-            known
-                .find(|known| known.0 == status && known.1 == outcome)
-                .map(|known| known.2.clone())
+            let found = known.find(|known| known.0 == status && known.1 == outcome);
+            found
+                .map(|(_, _, ended)| ended.record(seconds(event.duration_us)))
+                .is_some()
         };
-        if let Some(ended) = find(&self.ended.read().unwrap_or_else(PoisonError::into_inner)) {
-            return ended;
+        if record(&self.ended.read().unwrap_or_else(PoisonError::into_inner)) {
+            return;
         }
         let mut known = self.ended.write().unwrap_or_else(PoisonError::into_inner);
-        find(&known).unwrap_or_else(|| {
-            let (team, model, code) = (&*self.team, &*self.model, status.to_string());
-            let requests = [team, model, self.endpoint, &code, outcome.name()];
-            let ended = Ended {
-                requests: families.requests.with_label_values(&requests),
-                duration: families
-                    .duration
-                    .with_label_values(&[team, model, self.endpoint, outcome.name()]),
-            };
-            known.push((status, outcome, ended.clone()));
-            ended
-        })
+        if record(&known) {
+            return;
+        }
+        let (team, model, code) = (&*self.team, &*self.model, status.to_string());
+        let requests = [team, model, self.endpoint, &code, outcome.name()];
+        let ended = Ended {
+            requests: families.requests.with_label_values(&requests),
+            duration: families
+                .duration
+                .with_label_values(&[team, model, self.endpoint, outcome.name()]),
+        };
+        ended.record(seconds(event.duration_us));
+        known.push((status, outcome, ended));
     }
 
     fn histogram<'c>(&self, cell: &'c OnceLock<Histogram>, family: &HistogramVec) -> &'c Histogram {

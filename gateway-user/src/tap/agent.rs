@@ -18,7 +18,6 @@ use crate::wire::At;
 use crate::wire::exchange::Facts;
 use crate::wire::head::RequestHead;
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -262,12 +261,11 @@ impl TapWatcher for Booking {
     }
 }
 
-/// Which upstream an address is.
-struct Servers {
-    by_port: HashMap<u16, Vec<Server>>,
-}
+/// Which upstream an address is. There are few: to look at each takes less than a hash.
+struct Servers(Vec<Server>);
 
 struct Server {
+    port: u16,
     /// `None` where the configuration has a host name.
     address: Option<IpAddr>,
     name: Box<str>,
@@ -275,25 +273,19 @@ struct Server {
 
 impl Servers {
     fn of(config: &Config) -> Servers {
-        let mut by_port: HashMap<u16, Vec<Server>> = HashMap::new();
-        for upstream in &config.upstreams {
-            by_port.entry(upstream.url.port()).or_default().push(Server {
-                address: upstream.url.host().parse().ok(),
-                name: upstream.name.as_str().into(),
-            });
-        }
-        Servers { by_port }
+        let servers = config.upstreams.iter().map(|upstream| Server {
+            port: upstream.url.port(),
+            address: upstream.url.host().parse().ok(),
+            name: upstream.name.as_str().into(),
+        });
+        Servers(servers.collect())
     }
 
     /// The upstream with that address, else the first on that port (a server is reached by many addresses), else the address itself.
     fn name(&self, server: SocketAddr) -> Cow<'_, str> {
-        let of_port = self
-            .by_port
-            .get(&server.port())
-            .map(Vec::as_slice)
-            .unwrap_or_default();
-        let exact = of_port.iter().find(|known| known.address == Some(server.ip()));
-        match exact.or(of_port.first()) {
+        let mut of_port = self.0.iter().filter(|known| known.port == server.port());
+        let first = of_port.clone().next();
+        match of_port.find(|known| known.address == Some(server.ip())).or(first) {
             Some(known) => Cow::Borrowed(&known.name),
             None => Cow::Owned(server.to_string()),
         }

@@ -1,13 +1,32 @@
 //! Values by the addresses of a connection, in the order in which they were last used.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::hash::{Hash, Hasher};
+use std::net::{IpAddr, SocketAddr};
 
 /// The addresses of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Peers {
     pub(super) client: SocketAddr,
     pub(super) server: SocketAddr,
+}
+
+/// In few pieces, where one by one it would be ten: to a hash that cannot be foreseen a piece costs more than its bytes. It is made for each segment.
+impl Hash for Peers {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Peers { client, server } = self;
+        if let (IpAddr::V4(client), IpAddr::V4(server)) = (client.ip(), server.ip()) {
+            state.write_u64(u64::from(client.to_bits()) << 32 | u64::from(server.to_bits()));
+        } else {
+            for ip in [client.ip(), server.ip()] {
+                state.write_u128(match ip {
+                    IpAddr::V4(ip) => ip.to_ipv6_mapped().to_bits(),
+                    IpAddr::V6(ip) => ip.to_bits(),
+                });
+            }
+        }
+        state.write_u32(u32::from(client.port()) << 16 | u32::from(server.port()));
+    }
 }
 
 /// Stands for no slot.

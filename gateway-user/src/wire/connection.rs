@@ -17,7 +17,9 @@ use super::body::{BodyReader, Step};
 use super::exchange::{Ending, Exchange, Facts};
 use super::head::{RequestHead, ResponseHead};
 use super::{At, Piece};
+use memchr::memmem::Finder;
 use std::collections::VecDeque;
+use std::sync::LazyLock;
 
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +84,17 @@ enum Reading {
     Upgraded,
 }
 
+/// What ends a head. Made once, since making it takes as long as finding it.
+static BLANK_LINE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\r\n\r\n"));
+
+/// Where the head ends that `bytes` begin with.
+fn head_end(bytes: &[u8]) -> Option<usize> {
+    BLANK_LINE.find(bytes).map(|at| at + 4)
+}
+
+/// These bytes are no head.
+struct NoHead;
+
 /// One direction.
 #[derive(Debug)]
 struct Side {
@@ -135,6 +148,47 @@ impl Side {
         }
     }
 
+    /// The head that comes next, once it is whole. What cannot be one is left to whoever asks: in `input`, and in what was gathered.
+    fn next_head<H>(
+        &mut self,
+        at: At,
+        input: &mut &[u8],
+        limit: usize,
+        may_begin: fn(&[u8]) -> bool,
+        parse: impl FnOnce(&[u8]) -> Option<H>,
+    ) -> Result<Option<H>, NoHead> {
+        let unread = *input;
+        if let Some(head) = self.whole_head(at, input, limit) {
+            let parsed = Some(head).filter(|head| may_begin(head)).and_then(parse);
+            if parsed.is_none() {
+                *input = unread;
+            }
+            return parsed.map(Some).ok_or(NoHead);
+        }
+        let is_whole = self.gather(at, input, limit);
+        if !may_begin(&self.head) {
+            return Err(NoHead);
+        }
+        if !is_whole {
+            return Ok(None);
+        }
+        let head = parse(&self.head).ok_or(NoHead)?;
+        // An idle connection keeps no buffer.
+        self.head = Vec::new();
+        Ok(Some(head))
+    }
+
+    /// A head that lies whole at the start of `input`, as most do, and is no longer than the limit: it need not be gathered.
+    fn whole_head<'i>(&mut self, at: At, input: &mut &'i [u8], limit: usize) -> Option<&'i [u8]> {
+        if !self.head.is_empty() {
+            return None;
+        }
+        let (head, rest) = input.split_at(head_end(&input[..input.len().min(limit)])?);
+        self.head_at = at;
+        *input = rest;
+        Some(head)
+    }
+
     /// Takes bytes of a head, up to the blank line that ends it, and no more than the limit. Whether there is something to parse.
     fn gather(&mut self, at: At, input: &mut &[u8], limit: usize) -> bool {
         if self.head.is_empty() {
@@ -145,7 +199,7 @@ impl Side {
         let room = limit.saturating_sub(self.head.len()).min(input.len());
         let held = self.head.len();
         self.head.extend_from_slice(&input[..room]);
-        let end = memchr::memmem::find(&self.head[from..], b"\r\n\r\n").map(|found| from + found + 4);
+        let end = head_end(&self.head[from..]).map(|end| from + end);
         if let Some(end) = end {
             self.head.truncate(end);
         }
@@ -180,7 +234,9 @@ pub struct Connection<T> {
     limits: Limits,
     requests: Side,
     responses: Side,
-    in_flight: VecDeque<InFlight<T>>,
+    /// Each in a place of its own: they are large, and a deque of them would have room for several, which it took longer to get and to give back
+    /// than to read a small response.
+    in_flight: VecDeque<Box<InFlight<T>>>,
     /// Whether the request whose body is being read is the last of `in_flight` (it may have been answered early).
     reads_last: bool,
     doubt: Doubt,
@@ -303,19 +359,14 @@ impl<T> Connection<T> {
             false => may_begin_request,
         };
         self.opaque_bytes += side.forget_unless(may_begin, input);
-        let is_whole = side.gather(at, input, self.limits.head_bytes);
-        if !may_begin(&side.head) {
-            return false;
-        }
-        if !is_whole {
-            return true;
-        }
-        let Ok(Some((head, _))) = RequestHead::parse(&side.head, self.limits.head_bytes) else {
-            return false;
+        let limit = self.limits.head_bytes;
+        let parse = |bytes: &[u8]| RequestHead::parse(bytes, limit).ok().flatten();
+        let (head, _) = match side.next_head(at, input, limit, may_begin, parse) {
+            Ok(Some(head)) => head,
+            Ok(None) => return true,
+            Err(NoHead) => return false,
         };
         let head_at = side.head_at;
-        // An idle connection keeps no buffer.
-        side.head = Vec::new();
         side.reading = Reading::Body(BodyReader::new(head.framing()));
         if self.in_flight.len() >= self.limits.in_flight {
             self.give_up(at, watcher);
@@ -333,12 +384,12 @@ impl<T> Connection<T> {
                 .iter_mut()
                 .for_each(|waiting| waiting.is_uncertain = true);
         }
-        self.in_flight.push_back(InFlight {
+        self.in_flight.push_back(Box::new(InFlight {
             exchange: Exchange::begin(head_at, &head),
             tag: watcher.began(head_at, &head),
             is_head_request: head.method() == "HEAD",
             is_uncertain: is_uncertain || asked_ahead,
-        });
+        }));
         self.reads_last = true;
         true
     }
@@ -415,18 +466,14 @@ impl<T> Connection<T> {
         };
         let side = &mut self.responses;
         self.opaque_bytes += side.forget_unless(may_begin_response, input);
-        let is_whole = side.gather(at, input, self.limits.head_bytes);
-        if !may_begin_response(&side.head) {
-            return false;
-        }
-        if !is_whole {
-            return true;
-        }
+        let limit = self.limits.head_bytes;
         let method = if first.is_head_request { "HEAD" } else { "GET" };
-        let Ok(Some((head, _))) = ResponseHead::parse(&side.head, self.limits.head_bytes, method) else {
-            return false;
+        let parse = |bytes: &[u8]| ResponseHead::parse(bytes, limit, method).ok().flatten();
+        let (head, _) = match side.next_head(at, input, limit, may_begin_response, parse) {
+            Ok(Some(head)) => head,
+            Ok(None) => return true,
+            Err(NoHead) => return false,
         };
-        side.head = Vec::new();
         self.doubt = Doubt::None;
         first.exchange.response_head(at, &head);
         side.reading = if head.is_interim() {

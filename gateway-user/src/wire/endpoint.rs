@@ -122,14 +122,28 @@ impl Endpoint {
     }
 
     fn of_unusual(path: &str) -> Endpoint {
-        let normalized = normalized(path);
         // vLLM mounts its metrics at whatever begins like this, `/metricsX` and `/metrics/../x` included.
         let is_metrics = |path: &str| path.starts_with(Endpoint::Metrics.name());
+        if is_normal(path) {
+            return if is_metrics(path) {
+                Endpoint::Metrics
+            } else {
+                Endpoint::Other
+            };
+        }
+        let normalized = normalized(path);
         if is_metrics(&percent_decoded(path)) || is_metrics(&normalized) {
             return Endpoint::Metrics;
         }
         Endpoint::of_path(&normalized)
     }
+}
+
+/// Whether [`normalized`] would leave `path` as it is.
+fn is_normal(path: &str) -> bool {
+    let is_plain = |segment: &str| !matches!(segment, "" | "." | "..");
+    let segments = path.strip_prefix('/').map(|rest| rest.split('/'));
+    path == "/" || (!path.contains('%') && segments.is_some_and(|mut segments| segments.all(is_plain)))
 }
 
 /// `path` as a router sees it: percent-decoded once, without empty and dot segments and without a trailing slash.
@@ -200,6 +214,16 @@ mod tests {
             Endpoint::Other,
             "routes are case-sensitive"
         );
+    }
+
+    #[test]
+    fn a_path_is_normal_if_a_router_sees_it_as_it_is() {
+        for path in ["/", "/x", "/v1/models", "/a.b/..c", "/metricsX"] {
+            assert!(is_normal(path) && normalized(path) == path, "{path}");
+        }
+        for path in ["", "x", "/x/", "//x", "/.", "/x/../y", "/%78", "/100%"] {
+            assert!(!is_normal(path), "{path}");
+        }
     }
 
     #[test]

@@ -34,10 +34,10 @@ enum Body {
 /// What is known of tokens so far.
 #[derive(Clone, Debug, Default)]
 struct Counts {
-    /// The final usage.
-    reported: Option<Usage>,
+    /// The final usage. Boxed, as most of an exchange's life there is none.
+    reported: Option<Box<Usage>>,
     /// Anthropic's usage at the start, which knows the input only.
-    start: Option<Usage>,
+    start: Option<Box<Usage>>,
     /// The last usage of each choice.
     running: Running,
 }
@@ -264,7 +264,7 @@ impl Exchange {
             }
             Body::Document => {
                 self.has_error |= self.findings.draft.has_error();
-                self.counts.reported = self.findings.draft.usage().map(|(_, usage)| usage);
+                self.counts.reported = self.findings.draft.usage().map(|(_, usage)| Box::new(usage));
             }
             _ => {}
         }
@@ -310,7 +310,7 @@ impl Exchange {
             true => running.input_only(),
             false => running,
         };
-        let started = self.counts.start.map(|usage| usage.tokens(Some(1)));
+        let started = self.counts.start.as_ref().map(|usage| usage.tokens(Some(1)));
         let known = [Some(running), started].into_iter().flatten();
         match known.into_iter().find(|tokens| *tokens != Tokens::default()) {
             Some(tokens) if tokens.completion.is_some() => (tokens, UsageSource::Continuous),
@@ -365,12 +365,14 @@ impl Counts {
             return;
         };
         match place {
-            UsageAt::Message => self.start = Some(usage.input_only()),
+            UsageAt::Message => self.start = Some(Box::new(usage.input_only())),
             UsageAt::Response if matches!(draft.kind, Kind::ResponseEnd | Kind::ResponseFailed) => {
-                self.reported = Some(usage);
+                self.reported = Some(Box::new(usage));
             }
             UsageAt::Response => self.running.set(0, usage),
-            UsageAt::Top if draft.is_summary() => self.reported = Some(usage.with_input_of(self.start)),
+            UsageAt::Top if draft.is_summary() => {
+                self.reported = Some(Box::new(usage.with_input_of(self.start.as_deref().copied())));
+            }
             UsageAt::Top if draft.choices == 1 => self.running.set(draft.index, usage),
             UsageAt::Top => self.running.set_unplaced(),
         }

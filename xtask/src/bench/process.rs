@@ -48,6 +48,25 @@ impl Server {
         Ok(server)
     }
 
+    /// The cgroups that BPF programs of its hang on, by number, each once.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read: it takes Linux, and root.
+    pub fn attached_to(&self) -> Result<Vec<u64>> {
+        let directory = format!("/proc/{}/fdinfo", self.child.id());
+        let mut ids = Vec::new();
+        for file in fs::read_dir(&directory).with_context(|| format!("cannot read {directory}"))? {
+            // A descriptor may have been closed meanwhile.
+            let Ok(described) = fs::read_to_string(file?.path()) else {
+                continue;
+            };
+            ids.extend(cgroup_of_link(&described));
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
+    }
+
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
         self.addr
@@ -143,6 +162,14 @@ fn cpu_time_of(stat: &str) -> Option<Duration> {
     Some(Duration::from_millis((user + system) * (1000 / TICKS_PER_SECOND)))
 }
 
+/// The cgroup of a descriptor's link, if it is one to a cgroup.
+fn cgroup_of_link(described: &str) -> Option<u64> {
+    let id = described
+        .lines()
+        .find_map(|line| line.strip_prefix("cgroup_id:"))?;
+    id.trim().parse().ok()
+}
+
 fn bytes_of(status: &str, key: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix(key))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim_end().parse().ok()?;
@@ -158,6 +185,14 @@ mod tests {
         let stat = "12 (a) b (c)) S 1 2 3 4 5 6 7 8 9 10 150 25 0 0 20 0 3 0 99 1 2";
         assert_eq!(cpu_time_of(stat), Some(Duration::from_millis(1750)));
         assert_eq!(cpu_time_of("12 (a) S 1"), None);
+    }
+
+    #[test]
+    fn a_link_says_to_which_cgroup() {
+        let link =
+            "pos:\t0\nlink_type:\tcgroup\nlink_id:\t9\nprog_id:\t11\ncgroup_id:\t4711\nattach_type:\t1\n";
+        assert_eq!(cgroup_of_link(link), Some(4711));
+        assert_eq!(cgroup_of_link("pos:\t0\nflags:\t02\n"), None);
     }
 
     #[test]

@@ -28,11 +28,11 @@ pub fn measure(site: &Site<'_>, rounds: u32, seconds: u32, figures: &mut Figures
     let mut nginx = site.nginx()?;
     let mut drained = Vec::new();
     for round in 1..=rounds {
-        let found = drain(site, nginx.addr(), seconds)?;
+        let found = drain(site, nginx.server.addr(), seconds)?;
         println!("drain, round {round} of {rounds}: {:.0} records", found.records);
         drained.push(found);
     }
-    nginx.check_alive()?;
+    nginx.server.check_alive()?;
     let all = || drained.iter();
     figures.add(
         "CPU us/record, reading the ring alone",

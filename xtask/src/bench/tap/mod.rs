@@ -1,10 +1,14 @@
 //! What the kernel tap costs, and whether it loses anything.
 //!
 //! The gateway runs with `capture: tap` and the default configuration, but for addresses and without the helper that would attach it anew, so
-//! that with the process the probe is gone too. Every ratio is of two neighbours, which take turns in coming first.
+//! that with the process the probe is gone too. Every ratio is of two neighbours, which take turns in coming first. nginx and vllm-sim are
+//! each in a cgroup of their own, as services and containers are, and it is made sure that the tap has found that one by itself: the load's
+//! sockets, which would be on another machine, are not watched.
 //!
 //! * **requests**: nginx answers a small page as fast as wrk asks (the worst case: an engine's server answers a hundredth of that), with the tap on
-//!   its port, with the tap on another port, and without any. Everything shares the machine's cores, so that the reader's CPU time shows here, too.
+//!   its port, with the tap on another port of the same process, and without any. Everything shares the machine's cores, so that the reader's CPU
+//!   time shows in the throughput, too: how much that is stands beside it, and so does nginx's own CPU time for a request, which has the probe
+//!   in it and not the reader. Two measurements without a tap are compared like the others: what their ratio is off by is noise.
 //! * **drain**: the same traffic, the ring read but not understood (`gateway-user/examples/tap_drain.rs`).
 //! * **rate**: streams of events at 50,000 records a second: none may be lost.
 //! * **streams**: 200 streams of the simulated server with a chunk every 20 ms each; its CPU time with and without the tap.
@@ -12,6 +16,7 @@
 //!
 //! All figures are of the machine that it runs on. Left out: latency, and packets as long as a network card makes them.
 
+mod cgroup;
 mod drain;
 mod figures;
 mod rate;

@@ -5,9 +5,8 @@ use std::net::SocketAddr;
 use anyhow::{Result, ensure};
 
 use super::figures::{Figures, Target};
-use super::site::{Counted, Site, Tapped};
+use super::site::{Counted, Nginx, Site, Tapped};
 use super::turns;
-use crate::bench::process::{Server, free_addr};
 
 /// Throughput that must be left to a server whose port is watched, and to any other.
 const WATCHED: Target = Target::AtLeast(0.90);
@@ -31,17 +30,18 @@ struct Sample {
 /// When something cannot be started, a request failed, or the tap did not see them.
 pub fn measure(site: &Site<'_>, rounds: u32, seconds: u32, figures: &mut Figures) -> Result<()> {
     let mut nginx = site.nginx()?;
-    site.programs.pages(WARM_UP_S, nginx.addr())?;
-    let (own, other) = (nginx.addr(), free_addr()?);
-    let (mut watched, mut others) = (Vec::new(), Vec::new());
+    site.programs.pages(WARM_UP_S, nginx.server.addr())?;
+    let (own, other) = (nginx.server.addr(), nginx.other);
+    let (mut watched, mut others, mut controls) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..rounds {
         for (port, name, pairs) in [
-            (own, "on its port", &mut watched),
-            (other, "on another port", &mut others),
+            (Some(own), "with the tap on its port", &mut watched),
+            (Some(other), "with the tap on another port", &mut others),
+            (None, "without", &mut controls),
         ] {
             let pair = pair(site, &mut nginx, port, turns(round), seconds)?;
             println!(
-                "requests, round {} of {rounds}: {:.0}/s with the tap {name}, {:.0}/s without",
+                "requests, round {} of {rounds}: {:.0}/s {name}, {:.0}/s without",
                 round + 1,
                 pair[0].per_s,
                 pair[1].per_s
@@ -58,7 +58,10 @@ pub fn measure(site: &Site<'_>, rounds: u32, seconds: u32, figures: &mut Figures
     };
     let per_s = |sample: &Sample| sample.per_s;
     let cpu_us = |sample: &Sample| sample.cpu_us;
-    let without = || watched.iter().chain(&others).map(|[_, without]| without);
+    let without = || {
+        let pairs = watched.iter().chain(&others).chain(&controls);
+        pairs.map(|[_, without]| without)
+    };
     figures.add("requests/s of nginx without a tap", without().map(per_s), 0, None);
     figures.add(
         "  ratio with the tap on its port",
@@ -71,6 +74,12 @@ pub fn measure(site: &Site<'_>, rounds: u32, seconds: u32, figures: &mut Figures
         ratio(&others, per_s),
         3,
         Some(OTHERS),
+    );
+    figures.add(
+        "  ratio without to without (noise)",
+        ratio(&controls, per_s),
+        3,
+        None,
     );
     figures.add(
         "CPU us/request of nginx without a tap",
@@ -90,6 +99,12 @@ pub fn measure(site: &Site<'_>, rounds: u32, seconds: u32, figures: &mut Figures
         3,
         None,
     );
+    figures.add(
+        "  ratio without to without (noise)",
+        ratio(&controls, cpu_us),
+        3,
+        None,
+    );
     let taps = || watched.iter().filter_map(|[with, _]| with.tap);
     figures.add(
         "CPU us/record, whole gateway, small requests",
@@ -103,27 +118,36 @@ pub fn measure(site: &Site<'_>, rounds: u32, seconds: u32, figures: &mut Figures
         0,
         None,
     );
+    figures.add(
+        "  of one core",
+        taps().map(|tap| tap.cpu_time.as_secs_f64() / f64::from(seconds)),
+        3,
+        None,
+    );
     figures.add("  records lost", taps().map(|tap| tap.lost), 0, None);
     Ok(())
 }
 
-/// nginx with the tap on `port`, and without.
+/// nginx with the tap on `port` of its own, and without; twice without when there is no port.
 fn pair(
     site: &Site<'_>,
-    nginx: &mut Server,
-    port: SocketAddr,
+    nginx: &mut Nginx,
+    port: Option<SocketAddr>,
     turns: [usize; 2],
     seconds: u32,
 ) -> Result<[Sample; 2]> {
     let mut taken = [None; 2];
     for position in turns {
-        let mut tapped = (position == 0).then(|| site.tapped(port)).transpose()?;
+        let mut tapped = port
+            .filter(|_| position == 0)
+            .map(|port| site.tapped_in(&nginx.cgroup, port))
+            .transpose()?;
         taken[position] = Some(sample(site, nginx, tapped.as_mut(), seconds)?);
         if let Some(tap) = taken[position].and_then(|sample| sample.tap) {
             // The gateway itself asks after the server's health once in a while.
             let sees = tap.records + tap.lost > f64::from(seconds) * 100.0;
             ensure!(
-                sees == (port == nginx.addr()),
+                sees == (port == Some(nginx.server.addr())),
                 "expected the tap to see the port that it watches and no other, found {} records",
                 tap.records
             );
@@ -137,7 +161,7 @@ fn pair(
 
 fn sample(
     site: &Site<'_>,
-    nginx: &mut Server,
+    Nginx { server: nginx, .. }: &mut Nginx,
     mut tapped: Option<&mut Tapped>,
     seconds: u32,
 ) -> Result<Sample> {

@@ -7,9 +7,10 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::cgroup::Cgroup;
 use anyhow::{Context, Result, ensure};
 
-use crate::bench::load::Programs;
+use crate::bench::load::{Load, Programs};
 use crate::bench::process::{Server, free_addr};
 use crate::http;
 
@@ -21,6 +22,24 @@ pub struct Site<'s> {
     /// The load and its servers.
     pub programs: &'s Programs,
     release: PathBuf,
+}
+
+/// nginx in a cgroup of its own.
+pub struct Nginx {
+    /// Its process.
+    pub server: Server,
+    /// A second port, which nobody asks for anything.
+    pub other: SocketAddr,
+    /// Behind the process, which must be gone before it.
+    pub cgroup: Cgroup,
+}
+
+/// vllm-sim in a cgroup of its own.
+pub struct Sim {
+    /// Its process.
+    pub server: Server,
+    /// As for [`Nginx`].
+    pub cgroup: Cgroup,
 }
 
 /// A gateway with the tap alone.
@@ -57,19 +76,52 @@ impl<'s> Site<'s> {
     }
 
     /// nginx with a page in memory, in one process without a master, so that its CPU time is all there is.
-    pub fn nginx(&self) -> Result<Server> {
-        let addr = free_addr()?;
+    pub fn nginx(&self) -> Result<Nginx> {
+        let (addr, other) = (free_addr()?, free_addr()?);
+        ensure!(addr != other, "expected two free ports, found {addr} twice");
         let dir = self.dir("pages", addr)?;
         let config = dir.join("config");
-        write(&config, &nginx_config(addr))?;
+        write(&config, &nginx_config(addr, other))?;
         let mut command = Command::new("nginx");
         command
             .args(["-e", "stderr", "-p"])
             .arg(&dir)
             .arg("-c")
             .arg(&config);
+        let cgroup = Cgroup::make("nginx")?;
+        let mut command = cgroup.within(&command);
         command.stdout(Stdio::null());
-        Server::start("nginx", command, addr)
+        Ok(Nginx {
+            server: Server::start("nginx", command, addr)?,
+            other,
+            cgroup,
+        })
+    }
+
+    /// vllm-sim for this load.
+    pub fn sim(&self, load: Load) -> Result<Sim> {
+        let (addr, cgroup) = (free_addr()?, Cgroup::make("sim")?);
+        let mut command = cgroup.within(&self.programs.sim(load, addr));
+        command.stdout(Stdio::null());
+        Ok(Sim {
+            server: Server::start("vllm-sim", command, addr)?,
+            cgroup,
+        })
+    }
+
+    /// A gateway whose tap watches the port of `server`, which is in `cgroup`: it finds that by itself, by `tap.cgroup: auto`.
+    ///
+    /// # Errors
+    /// When it does not start, or watches anything else.
+    pub fn tapped_in(&self, cgroup: &Cgroup, server: SocketAddr) -> Result<Tapped> {
+        let tapped = self.tapped(server)?;
+        let attached_to = tapped.gateway.attached_to()?;
+        ensure!(
+            attached_to == [cgroup.id()],
+            "expected the tap to watch the server's cgroup, number {}, found {attached_to:?}",
+            cgroup.id()
+        );
+        Ok(tapped)
     }
 
     /// A gateway whose tap watches the port of `server`.
@@ -193,7 +245,7 @@ fn gateway_config(server: SocketAddr, admin: SocketAddr) -> String {
     )
 }
 
-fn nginx_config(listen: SocketAddr) -> String {
+fn nginx_config(listen: SocketAddr, other: SocketAddr) -> String {
     format!(
         "daemon off;\nmaster_process off;\npid nginx.pid;\nerror_log stderr warn;\n\
          events {{ worker_connections 4096; }}\n\
@@ -201,6 +253,6 @@ fn nginx_config(listen: SocketAddr) -> String {
            access_log off;\n\
            client_body_temp_path body;\n  proxy_temp_path proxy;\n  fastcgi_temp_path f;\n  uwsgi_temp_path u;\n  scgi_temp_path s;\n\
            keepalive_requests 1000000000;\n  default_type text/plain;\n\
-           server {{\n    listen {listen};\n    location / {{ return 200 \"a page as small as pages get\\n\"; }}\n  }}\n}}\n"
+           server {{\n    listen {listen};\n    listen {other};\n    location / {{ return 200 \"a page as small as pages get\\n\"; }}\n  }}\n}}\n"
     )
 }

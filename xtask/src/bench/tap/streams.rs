@@ -6,7 +6,6 @@ use super::figures::{Figures, Target};
 use super::site::Site;
 use super::turns;
 use crate::bench::load::Load;
-use crate::bench::process::{Server, free_addr};
 
 /// CPU time of the server, with the tap to without.
 const SERVER: Target = Target::AtMost(1.03);
@@ -19,18 +18,23 @@ const LOAD: Load = Load::Streams { requests: 400 };
 /// # Errors
 /// When something cannot be started, a stream failed, or the tap saw none of them.
 pub fn measure(site: &Site<'_>, rounds: u32, figures: &mut Figures) -> Result<()> {
-    let addr = free_addr()?;
-    let mut sim = Server::start("vllm-sim", site.programs.sim(LOAD, addr), addr)?;
+    let mut sim = site.sim(LOAD)?;
+    let addr = sim.server.addr();
     site.programs.warm_up(LOAD, addr)?;
     let mut pairs = Vec::new();
+    let mut controls = Vec::new();
     let mut taps = Vec::new();
     for round in 0..rounds {
-        let mut cpu_us = [f64::NAN; 2];
-        for position in turns(round) {
-            let mut tapped = (position == 0).then(|| site.tapped(addr)).transpose()?;
-            let cpu_before = sim.cpu_time()?;
+        // The second without is compared with the first.
+        let mut cpu_us = [f64::NAN; 3];
+        for position in turns(round).into_iter().chain([2]) {
+            let mut tapped = (position == 0)
+                .then(|| site.tapped_in(&sim.cgroup, addr))
+                .transpose()?;
+            let cpu_before = sim.server.cpu_time()?;
             let done = site.programs.run(LOAD, addr)?;
-            cpu_us[position] = (sim.cpu_time()? - cpu_before).as_secs_f64() * 1e6 / done.units as f64;
+            let cpu_time = sim.server.cpu_time()? - cpu_before;
+            cpu_us[position] = cpu_time.as_secs_f64() * 1e6 / done.units as f64;
             if let Some(tapped) = &mut tapped {
                 let counted = tapped.counted()?;
                 ensure!(
@@ -40,14 +44,16 @@ pub fn measure(site: &Site<'_>, rounds: u32, figures: &mut Figures) -> Result<()
                 taps.push(counted);
             }
         }
-        sim.check_alive()?;
+        sim.server.check_alive()?;
         println!(
-            "streams, round {} of {rounds}: {:.2} us CPU a chunk with the tap, {:.2} us without",
+            "streams, round {} of {rounds}: {:.2} us CPU a chunk with the tap, {:.2} us and {:.2} us without",
             round + 1,
             cpu_us[0],
-            cpu_us[1]
+            cpu_us[1],
+            cpu_us[2]
         );
-        pairs.push(cpu_us);
+        pairs.push([cpu_us[0], cpu_us[1]]);
+        controls.push(cpu_us[2] / cpu_us[1]);
     }
     figures.add(
         "CPU us/chunk of vllm-sim without a tap",
@@ -60,6 +66,12 @@ pub fn measure(site: &Site<'_>, rounds: u32, figures: &mut Figures) -> Result<()
         pairs.iter().map(|[with, without]| with / without),
         3,
         Some(SERVER),
+    );
+    figures.add(
+        "  ratio without to without (noise)",
+        controls.into_iter(),
+        3,
+        None,
     );
     figures.add(
         "CPU us/record, whole gateway, vllm-sim",
