@@ -279,20 +279,23 @@ async fn summed(installed: &Installed, condition: &str) -> i64 {
     client.query(&sql).fetch_one().await.expect("a sum")
 }
 
-/// The fields of CSV without quotes in it, by the names of its first line.
+/// The fields of each line of CSV, by the names of the first one.
 fn records(output: &Output) -> Vec<BTreeMap<String, String>> {
     let text = text(&output.stdout);
     let mut lines = text.split("\r\n").filter(|line| !line.is_empty());
     let names: Vec<&str> = lines.next().expect("names").split(',').collect();
     let fields = |line: &str| {
-        // A field in quotes has commas of its own.
+        // A field in quotes has commas of its own, and its quotes are doubled.
         let mut fields = vec![String::new()];
         let mut is_quoted = false;
-        for c in line.chars() {
+        let mut characters = line.chars().peekable();
+        while let Some(c) = characters.next() {
+            let field = fields.last_mut().expect("a field");
             match c {
+                '"' if is_quoted && characters.next_if_eq(&'"').is_some() => field.push('"'),
                 '"' => is_quoted = !is_quoted,
                 ',' if !is_quoted => fields.push(String::new()),
-                c => fields.last_mut().expect("a field").push(c),
+                c => field.push(c),
             }
         }
         assert_eq!(fields.len(), names.len(), "{line}");
@@ -822,8 +825,10 @@ fn is_of(kind: Kind, value: &str) -> bool {
                 .collect();
             shape == "0000-00-00T00:00:00Z"
         }
-        // The reader of CSV takes the quotes off.
-        Kind::Json => value.starts_with("{team:") || value.starts_with("{model:"),
+        Kind::Json => serde_json::from_str(value).is_ok_and(|tags: BTreeMap<String, String>| {
+            let known = ["team", "project", "model"];
+            tags.contains_key("team") && tags.keys().all(|key| known.contains(&key.as_str()))
+        }),
     }
 }
 

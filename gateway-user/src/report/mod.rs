@@ -9,7 +9,7 @@
 //! the bill of the windows, which is proved and not supposed: where it is not so, the report says it and exits with [`EXIT_UNEVEN`]. Amounts are
 //! whole nano-USD until they are written.
 //!
-//! All formats print the same columns, but for [`focus`], whose columns are those of another house.
+//! All formats print the same columns, but for FOCUS, whose columns are those of another house.
 
 mod amount;
 mod bill;
