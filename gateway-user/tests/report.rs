@@ -2,163 +2,21 @@
 //!
 //! These tests need libchdb, which `cargo xtask test` fetches; without it they fail and say so.
 
+mod report_support;
 mod support;
 
-use clickhouse::Client;
+use report_support::{Installed, layout, text};
 use serde_json::{Value, json};
-use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
 use support::eventually;
-use vllm_gateway::config::{Secret, SpoolConfig};
-use vllm_gateway::store::embedded::{EmbeddedOptions, EmbeddedServer};
-use vllm_gateway::store::migrate::{self, Layout};
+use vllm_gateway::config::SpoolConfig;
+use vllm_gateway::store::migrate;
 use vllm_gateway::store::{Store, Waiting};
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_vllm-gateway");
 
 /// 2026-11-24T00:00:00Z in microseconds since 1970.
 const MIDNIGHT_US: i64 = 1_795_478_400_000_000;
 
 /// The period of most tests.
 const DAY: [&str; 4] = ["--from", "2026-11-24", "--to", "2026-11-25"];
-
-fn variable(name: &str) -> Option<std::ffi::OsString> {
-    std::env::var_os(name)
-}
-
-fn free_addr() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0")
-        .and_then(|socket| socket.local_addr())
-        .expect("a port")
-}
-
-/// An engine with the gateway's schema, a spool, and a config that names both.
-struct Installed {
-    dir: PathBuf,
-    addr: SocketAddr,
-    engine: Option<EmbeddedServer>,
-}
-
-impl Installed {
-    /// Without an engine yet.
-    fn bare(name: &str) -> Installed {
-        let dir = std::env::temp_dir().join(format!("vllm-gateway-report-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&dir).expect("a directory");
-        let installed = Installed {
-            dir,
-            addr: free_addr(),
-            engine: None,
-        };
-        installed.configure("");
-        installed
-    }
-
-    async fn new(name: &str) -> Installed {
-        let mut installed = Installed::bare(name);
-        installed.start_engine(None).await;
-        migrate::migrate(&installed.client(), &layout())
-            .await
-            .expect("a schema");
-        installed
-    }
-
-    async fn start_engine(&mut self, password: Option<&str>) {
-        let options = EmbeddedOptions {
-            program: PROGRAM.into(),
-            listen: self.addr,
-            data_dir: self.dir.join("clickhouse"),
-            libchdb: None,
-            user: password.map(|_| "reader".to_owned()),
-            password: password.map(Secret::new),
-        };
-        let engine = EmbeddedServer::spawn(options, &variable).expect("the engine starts");
-        engine.ready(support::DEADLINE).await.expect("the engine answers");
-        self.engine = Some(engine);
-    }
-
-    fn configure(&self, store: &str) {
-        let config = format!(
-            "spool: {{dir: spool}}\nstore: {{url: embedded, embedded_listen: \"{}\"{store}}}\n",
-            self.addr
-        );
-        std::fs::write(self.dir.join("config.yaml"), config).expect("a file");
-    }
-
-    fn client(&self) -> Client {
-        Client::default().with_url(format!("http://{}", self.addr))
-    }
-
-    async fn run(&self, sql: &str) {
-        let client = self.client().with_database("vllm_attribution");
-        client
-            .query_raw(sql)
-            .execute()
-            .await
-            .unwrap_or_else(|error| panic!("{sql}: {error}"));
-    }
-
-    /// Stores rows as the gateway does, each as a part of its own, so that nothing but FINAL can join doubled ones.
-    async fn store(&self, rows: &[Value]) {
-        self.run("SYSTEM STOP MERGES request_events").await;
-        for row in rows {
-            self.run(&format!("INSERT INTO request_events FORMAT JSONEachRow {row}"))
-                .await;
-        }
-    }
-
-    fn report(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(PROGRAM);
-        command
-            .args(["report", "--config", "config.yaml"])
-            .args(arguments);
-        command
-            .current_dir(&self.dir)
-            .env_clear()
-            .stdin(Stdio::null())
-            .output()
-            .expect("the program starts")
-    }
-
-    fn json(&self, arguments: &[&str]) -> Value {
-        let output = self.report(&[arguments, &["--format", "json"]].concat());
-        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-        serde_json::from_slice(&output.stdout).expect("JSON")
-    }
-
-    /// What a report says that cannot be made, and how it exits.
-    fn refused(&self, arguments: &[&str]) -> (Option<i32>, String) {
-        let output = self.report(arguments);
-        assert!(output.stdout.is_empty(), "{}", text(&output.stdout));
-        (output.status.code(), text(&output.stderr))
-    }
-
-    async fn finish(mut self) {
-        if let Some(engine) = self.engine.take() {
-            engine.stop().await;
-        }
-    }
-}
-
-impl Drop for Installed {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.dir);
-    }
-}
-
-fn layout() -> Layout {
-    Layout {
-        database: "vllm_attribution".to_owned(),
-        cluster: None,
-        // The rows of these tests are of a day that will be long ago.
-        raw_ttl_days: 36_500,
-        ledger_ttl_days: 36_500,
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
 
 /// A completed chat of team `a` that ended `end_s` after midnight, with what `more` says.
 fn row(event: &str, end_s: i64, more: Value) -> Value {
@@ -238,12 +96,14 @@ async fn figures_are_those_computed_by_hand_in_all_three_formats_and_doubled_row
     let team_a = json!({
         "team": "a", "requests": 5, "ok": 5, "errors": 0, "aborted": 0, "refused": 0,
         "prompt_tokens": 605, "cached_tokens": 24, "completion_tokens": 30, "reasoning_tokens": null, "unknown_token_requests": 0,
-        "ttft_p50_us": 20_000, "ttft_p95_us": 30_000, "itl_p50_us": 2_000, "itl_p95_us": 3_000, "e2e_p50_us": 2_000_000, "e2e_p95_us": 4_000_000
+        "ttft_p50_us": 20_000, "ttft_p95_us": 30_000, "itl_p50_us": 2_000, "itl_p95_us": 3_000, "e2e_p50_us": 2_000_000, "e2e_p95_us": 4_000_000,
+        "charge_nano_usd": 0, "cost_nano_usd": null, "idle_nano_usd": null, "recovery_nano_usd": null, "cost_per_million_tokens_nano_usd": null
     });
     let team_b = json!({
         "team": "b", "requests": 5, "ok": 1, "errors": 2, "aborted": 1, "refused": 1,
         "prompt_tokens": 8, "cached_tokens": null, "completion_tokens": 4, "reasoning_tokens": 2, "unknown_token_requests": 2,
-        "ttft_p50_us": 40_000, "ttft_p95_us": 40_000, "itl_p50_us": null, "itl_p95_us": null, "e2e_p50_us": 2_000_000, "e2e_p95_us": 2_000_000
+        "ttft_p50_us": 40_000, "ttft_p95_us": 40_000, "itl_p50_us": null, "itl_p95_us": null, "e2e_p50_us": 2_000_000, "e2e_p95_us": 2_000_000,
+        "charge_nano_usd": 0, "cost_nano_usd": null, "idle_nano_usd": null, "recovery_nano_usd": null, "cost_per_million_tokens_nano_usd": null
     });
     assert_eq!(report["groups"], json!([team_a, team_b]));
     let total = &report["total"];
@@ -266,11 +126,11 @@ async fn figures_are_those_computed_by_hand_in_all_three_formats_and_doubled_row
     let lines: Vec<String> = text(&csv.stdout).split("\r\n").map(str::to_owned).collect();
     assert_eq!(
         lines[1],
-        "group,a,5,5,0,0,0,605,24,30,,0,20000,30000,2000,3000,2000000,4000000"
+        "group,a,5,5,0,0,0,605,24,30,,0,20000,30000,2000,3000,2000000,4000000,0.000000000,,,,"
     );
     assert_eq!(
         lines[2],
-        "group,b,5,1,2,1,1,8,,4,2,2,40000,40000,,,2000000,2000000"
+        "group,b,5,1,2,1,1,8,,4,2,2,40000,40000,,,2000000,2000000,0.000000000,,,,"
     );
     assert!(
         lines[3].starts_with("total,,10,6,2,1,1,613,24,34,2,2,"),
@@ -290,8 +150,29 @@ async fn figures_are_those_computed_by_hand_in_all_three_formats_and_doubled_row
     assert_eq!(
         b[..],
         [
-            "b", "5", "1", "2", "1", "1", "8", "-", "4", "2", "2", "40.0", "40.0", "-", "-", "2000.0",
-            "2000.0"
+            "b",
+            "5",
+            "1",
+            "2",
+            "1",
+            "1",
+            "8",
+            "-",
+            "4",
+            "2",
+            "2",
+            "40.0",
+            "40.0",
+            "-",
+            "-",
+            "2000.0",
+            "2000.0",
+            "0.000000000",
+            "-",
+            "-",
+            "-",
+            "-",
+            "-"
         ]
     );
     assert_eq!(all[..5], ["=", "all", "10", "6", "2"]);

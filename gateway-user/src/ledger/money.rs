@@ -70,7 +70,7 @@ impl Sum for NanoUsd {
 /// Where no weight is more than 0 the parts are equal.
 ///
 /// There must be someone to pay: without weights there are no parts.
-pub(super) fn apportion(total: u64, weights: &[u128]) -> Vec<u64> {
+pub fn apportion(total: u64, weights: &[u128]) -> Vec<u64> {
     let sum: u128 = weights.iter().sum();
     if sum == 0 && !weights.is_empty() {
         return apportion(total, &vec![1; weights.len()]);

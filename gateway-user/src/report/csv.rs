@@ -1,34 +1,40 @@
 //! The report as CSV (RFC 4180).
 //!
-//! A line of names, a line for each group, and a line of all, which the first field tells apart (`group` or `total`), since a group may well have no
-//! names. Unknown is an empty field; times are whole microseconds.
+//! A line of names, a line for each group, the ledger's lines that nobody has, and a line of all, which the first field tells apart (`group`, the line's
+//! name, or `total`), since a group may well have no names. Unknown is an empty field; times are whole microseconds, money is in USD with all nine
+//! places.
 
 use super::Report;
-use super::column::{COLUMNS, key_names};
-use crate::store::figures::Figures;
+use super::column::{Column, key_names};
+use super::line::{Line, Whose};
 use std::borrow::Cow;
 
 /// All of it.
 pub fn print(report: &Report) -> String {
-    let names = key_names(&report.by).chain(COLUMNS.iter().map(|column| column.name));
-    let mut text = line(std::iter::once("row").chain(names));
-    for group in &report.figures.groups {
-        text += &figures_line("group", group.keys.iter().map(String::as_str), &group.figures);
-    }
-    let no_keys = report.by.iter().map(|_| "");
-    text + &figures_line("total", no_keys, &report.figures.total)
+    let columns: Vec<&Column> = report.columns(false).collect();
+    let names = key_names(&report.by).map(str::to_owned);
+    let names = names.chain(columns.iter().map(|column| column.csv_name()));
+    let head = line(std::iter::once("row".to_owned()).chain(names));
+    let lines = report
+        .lines
+        .iter()
+        .map(|of| figures_line(of, report.by.len(), &columns));
+    head + &lines.collect::<String>()
 }
 
-fn figures_line<'k>(row: &'k str, keys: impl Iterator<Item = &'k str>, figures: &Figures) -> String {
-    let names = std::iter::once(row).chain(keys).map(str::to_owned);
-    let values = COLUMNS.iter().map(|column| {
-        let number = (column.value)(figures).number();
-        number.map_or(String::new(), |number| number.to_string())
-    });
-    line(names.chain(values))
+fn figures_line(of: &Line, keys: usize, columns: &[&Column]) -> String {
+    let no_keys = || vec![String::new(); keys];
+    let (row, keys) = match &of.whose {
+        Whose::Group(keys) => ("group", keys.clone()),
+        Whose::Nobody(name) => (name.as_str(), no_keys()),
+        Whose::Total => ("total", no_keys()),
+    };
+    let values = columns.iter().map(|column| (column.value)(of).exact());
+    line(std::iter::once(row.to_owned()).chain(keys).chain(values))
 }
 
-fn line(fields: impl Iterator<Item = impl AsRef<str>>) -> String {
+/// Fields as a line.
+pub(super) fn line(fields: impl Iterator<Item = impl AsRef<str>>) -> String {
     let fields: Vec<String> = fields.map(|field| quoted(field.as_ref()).into_owned()).collect();
     fields.join(",") + "\r\n"
 }
@@ -55,15 +61,20 @@ mod tests {
             lines[0].starts_with("row,team,model,requests,ok,errors,aborted,refused,prompt_tokens,"),
             "{text}"
         );
+        assert!(
+            lines[0].ends_with(",charge_usd,cost_usd,idle_usd,recovery_usd,cost_per_million_tokens_usd"),
+            "{text}"
+        );
         assert_eq!(
             lines[2],
-            "group,\"a,\"\"b\"\"\",m,12,9,1,1,1,1000,0,250,,1,20040,1000000,,,600000,600001"
+            "group,\"a,\"\"b\"\"\",m,12,9,1,1,1,1000,0,250,,1,20040,1000000,,,600000,600001,2.000000001,1.000000000,0.250000000,1.000000001,0.500000000"
         );
+        assert_eq!(lines[3], "__down__,,,,,,,,,,,,,,,,,,,,0.000000007,,,");
         assert_eq!(
-            lines[3],
-            "total,,,12,9,1,1,1,1000,0,250,,1,20040,1000000,,,600000,600001"
+            lines[4],
+            "total,,,12,9,1,1,1,1000,0,250,,1,20040,1000000,,,600000,600001,2.000000001,1.000000007,0.250000000,0.999999994,0.500000004"
         );
-        assert_eq!(lines[4..], [""]);
+        assert_eq!(lines[5..], [""]);
     }
 
     /// A reader as RFC 4180 describes it, for one line.

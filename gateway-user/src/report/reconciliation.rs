@@ -42,7 +42,8 @@ pub(super) fn print(
     let lines: Vec<Line<'_>> = found.iter().map(|of| Line::new(of, bounds)).collect();
     match format {
         Format::Table => table(period, &lines),
-        Format::Csv => csv(&lines),
+        // FOCUS has no columns for it, and was refused.
+        Format::Csv | Format::Focus => csv(&lines),
         Format::Json => json(period, &lines),
     }
 }

@@ -1,9 +1,10 @@
 //! The report for people: as wide as its content, and below it what a reader must know to read it.
 
 use super::Report;
-use super::column::{COLUMNS, key_names};
+use super::amount;
+use super::column::{Column, key_names};
+use super::line::{Line, Whose};
 use super::time;
-use crate::store::figures::Figures;
 
 /// What stands for an empty name.
 const NO_NAME: &str = "(none)";
@@ -16,35 +17,54 @@ const GAP: &str = "  ";
 
 /// All of it.
 pub fn print(report: &Report) -> String {
-    let keys = report.by.len();
-    let mut lines = vec![
-        head(key_names(&report.by), 0),
-        head(report.by.iter().map(|_| ""), 1),
-    ];
-    for group in &report.figures.groups {
-        let names = group.keys.iter().map(|key| shown_key(key));
-        lines.push(line(names.collect(), &group.figures));
-    }
-    let mut all = vec![String::new(); keys];
-    if let Some(first) = all.first_mut() {
-        *first = ALL.to_owned();
-    }
-    lines.push(line(all, &report.figures.total));
-    aligned(&lines, keys) + &footnotes(report)
+    let columns: Vec<&Column> = report.columns(true).collect();
+    let heads = [0, 1].map(|row| {
+        let keys = key_names(&report.by).map(|name| if row == 0 { name } else { "" });
+        let figures = columns.iter().map(|column| column.head[row]);
+        keys.chain(figures).map(str::to_owned).collect()
+    });
+    let places: Vec<usize> = columns
+        .iter()
+        .map(|column| places_of(column, &columns, &report.lines))
+        .collect();
+    let figures = |line: &Line| {
+        let values = columns.iter().zip(&places);
+        values
+            .map(|(column, places)| (column.value)(line).shown(*places))
+            .collect::<Vec<_>>()
+    };
+    let lines = report
+        .lines
+        .iter()
+        .map(|line| [names(&line.whose, report.by.len()), figures(line)].concat());
+    let rows: Vec<Vec<String>> = heads.into_iter().chain(lines).collect();
+    aligned(&rows, report.by.len()) + &footnotes(report)
 }
 
-fn head(keys: impl Iterator<Item = &'static str>, row: usize) -> Vec<String> {
-    let figures = COLUMNS.iter().map(|column| column.head[row]);
-    keys.chain(figures).map(str::to_owned).collect()
+/// All amounts of a table end in one place, so that they can be compared and added; those for a million tokens in one of their own.
+fn places_of(column: &Column, columns: &[&Column], lines: &[Line]) -> usize {
+    let beside = columns
+        .iter()
+        .filter(|other| other.is_a_rate() == column.is_a_rate());
+    let values = beside.flat_map(|other| lines.iter().map(|line| (other.value)(line).magnitude()));
+    amount::places_for(values.max().unwrap_or_default())
 }
 
-fn line(mut cells: Vec<String>, figures: &Figures) -> Vec<String> {
-    cells.extend(COLUMNS.iter().map(|column| (column.value)(figures).shown()));
-    cells
+fn names(whose: &Whose, keys: usize) -> Vec<String> {
+    let first = match whose {
+        Whose::Group(names) => return names.iter().map(|name| shown_key(name)).collect(),
+        Whose::Nobody(name) => name,
+        Whose::Total => ALL,
+    };
+    let mut names = vec![String::new(); keys];
+    if let Some(name) = names.first_mut() {
+        *name = first.to_owned();
+    }
+    names
 }
 
 /// A name as a terminal may show it: clients choose models and teams, and none of them may move the cursor.
-fn shown_key(key: &str) -> String {
+pub(super) fn shown_key(key: &str) -> String {
     if key.is_empty() {
         return NO_NAME.to_owned();
     }
@@ -58,7 +78,7 @@ fn shown_key(key: &str) -> String {
 }
 
 /// Names to the left, figures to the right.
-fn aligned(lines: &[Vec<String>], keys: usize) -> String {
+pub(super) fn aligned(lines: &[Vec<String>], keys: usize) -> String {
     let columns = lines.first().map_or(0, Vec::len);
     let widest = |column: usize| lines.iter().map(|line| line[column].chars().count()).max();
     let widths: Vec<usize> = (0..columns)
@@ -83,14 +103,19 @@ fn aligned(lines: &[Vec<String>], keys: usize) -> String {
 }
 
 fn footnotes(report: &Report) -> String {
+    let total = report.lines.iter().find(|line| line.whose == Whose::Total);
+    let unknown = total
+        .and_then(|line| line.figures.as_ref())
+        .map_or(0, |figures| figures.unknown_token_requests);
     format!(
-        "\nRequests that ended from {} until before {}.\n\
-         With unknown tokens, although an engine may have worked on them: {}. They add nothing to the sums; `-` is unknown.\n\
-         Not in these figures: {}.\n",
+        "\nRequests that ended from {} until before {}; costs of the windows that began then.\n\
+         With unknown tokens, although an engine may have worked on them: {unknown}. They add nothing to the sums; `-` is unknown.\n\
+         Not in these figures: {}.\n\
+         {}",
         time::format(report.period.from_us()),
         time::format(report.period.to_us()),
-        report.figures.total.unknown_token_requests,
-        report.lacks()
+        report.lacks(),
+        report.explained(),
     )
 }
 
@@ -109,12 +134,14 @@ mod tests {
             words(3),
             [
                 "a,\"b\"", "m", "12", "9", "1", "1", "1", "1000", "0", "250", "-", "1", "20.0", "1000.0",
-                "-", "-", "600.0", "600.0"
+                "-", "-", "600.0", "600.0", "2.0000", "1.0000", "100.0", "0.2500", "1.0000", "100.0",
+                "0.500000"
             ]
         );
-        assert_eq!(words(4)[..3], ["=", "all", "12"]);
+        assert_eq!((words(4)[0], words(4)[18]), ("__down__", "0.0000"));
+        assert_eq!(words(5)[..3], ["=", "all", "12"]);
         assert!(
-            lines[0].len() == lines[4].len(),
+            lines[0].len() == lines[5].len(),
             "figures end where their heads do:\n{text}"
         );
         assert!(text.contains("worked on them: 1."), "{text}");

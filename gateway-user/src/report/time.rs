@@ -41,6 +41,30 @@ pub fn parse(text: &str) -> Option<i64> {
     Some((local_s - parse_offset(offset)?) * 1_000_000 + fraction_us)
 }
 
+/// Reads `2026-11`: its first moment, and that of the month behind it.
+pub fn parse_month(text: &str) -> Option<(i64, i64)> {
+    let [year, month] = numbers(text, '-', [4, 2])?;
+    let next = if month == 12 {
+        (year + 1, 1)
+    } else {
+        (year, month + 1)
+    };
+    let first = |(year, month): (i64, i64)| parse(&format!("{year:04}-{month:02}-01"));
+    Some((first((year, month))?, first(next)?))
+}
+
+/// The month of a moment: its first moment, and that of the month behind it.
+pub fn month_of(us: i64) -> (i64, i64) {
+    let (year, month, _) = date_of(us.div_euclid(DAY_S * 1_000_000));
+    let next = if month == 12 {
+        (year + 1, 1)
+    } else {
+        (year, month + 1)
+    };
+    let first = |(year, month)| day_of(year, month, 1) * DAY_S * 1_000_000;
+    (first((year, month)), first(next))
+}
+
 /// As `2026-11-24T08:00:00Z`, with a fraction where there is one.
 pub fn format(us: i64) -> String {
     let (seconds, fraction_us) = (us.div_euclid(1_000_000), us.rem_euclid(1_000_000));
@@ -163,6 +187,18 @@ mod tests {
             "1795478400",
         ] {
             assert_eq!(parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_month_ends_where_the_next_one_begins() {
+        let month = |from: &str, to: &str| Some((parse(from)?, parse(to)?));
+        assert_eq!(parse_month("2026-11"), month("2026-11-01", "2026-12-01"));
+        assert_eq!(parse_month("2026-12"), month("2026-12-01", "2027-01-01"));
+        let late = parse("2026-12-31T23:59:59.999999Z").expect("a time");
+        assert_eq!(Some(month_of(late)), month("2026-12-01", "2027-01-01"));
+        for text in ["2026-13", "2026-00", "2026-1", "2026", "2199-12", "+026-01"] {
+            assert_eq!(parse_month(text), None, "{text}");
         }
     }
 

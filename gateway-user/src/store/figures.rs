@@ -7,12 +7,20 @@
 //! known; how many requests have unknown ones is a figure of its own. Percentiles are approximate (t-digest, as those of the windows): TTFT and ITL
 //! of all requests that have one, ITL as each request's mean gap, and E2E of completed requests, since one that was given up says nothing of how
 //! long it would have taken.
+//!
+//! What it cost comes from the ledger ([`LedgerFigures`]), whose rows are by window and not by request: cost counts in the period in which the
+//! window **begins**, so that the costs of adjoining periods sum to those of both.
 
 mod error;
+mod ledger;
 mod reader;
 mod reconciliation;
 
 pub use error::ReadError;
+pub use ledger::{
+    ChargeRow, ClosedMonth, Cost, CostGroup, CostLine, Engine, LINES, LedgerFigures, RulesUse, UnevenWindow,
+    UpstreamBooks, WITHOUT_REQUEST,
+};
 pub use reader::FiguresReader;
 pub use reconciliation::Reconciled;
 
@@ -29,7 +37,7 @@ pub enum Dimension {
     Model,
     /// The route.
     Endpoint,
-    /// The day (UTC) on which the request ended.
+    /// The day (UTC) on which the request ended; of costs, that on which the window began.
     Day,
 }
 
@@ -54,6 +62,19 @@ impl Dimension {
             Dimension::Model => "toString(model)",
             Dimension::Endpoint => "toString(endpoint)",
             Dimension::Day => "toString(toDate(ended_at, 'UTC'))",
+        }
+    }
+
+    /// Whether rows of the ledger have it. The others are known of single requests only.
+    pub fn is_in_the_ledger(self) -> bool {
+        !matches!(self, Dimension::User | Dimension::Endpoint)
+    }
+
+    /// In rows of the ledger, where the day is that of the window.
+    fn ledger_sql(self) -> &'static str {
+        match self {
+            Dimension::Day => "toString(toDate(window_start, 'UTC'))",
+            other => other.sql(),
         }
     }
 }
@@ -105,6 +126,8 @@ pub struct Figures {
     pub reasoning_tokens: Option<u64>,
     /// Requests that an engine may have worked on, and nobody knows for how many tokens.
     pub unknown_token_requests: u64,
+    /// What they are charged by their tokens.
+    pub charge_nano_usd: i64,
     /// Time to the first token.
     pub ttft: Percentiles,
     /// Mean gap between chunks with content.

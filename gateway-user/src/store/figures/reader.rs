@@ -18,7 +18,7 @@ use tokio::time::timeout;
 const FIRST_ANSWER_MAX: Duration = Duration::from_secs(10);
 
 /// How long it may take over the figures themselves.
-const FIGURES_MAX: Duration = Duration::from_secs(300);
+pub(super) const FIGURES_MAX: Duration = Duration::from_secs(300);
 
 /// Codes with which ClickHouse refuses the user. (`src/Common/ErrorCodes.cpp`)
 const REFUSED_USER: [u32; 5] = [
@@ -31,7 +31,7 @@ const REFUSED_USER: [u32; 5] = [
 
 /// Reads from the ClickHouse of a config.
 pub struct FiguresReader {
-    client: Client,
+    pub(super) client: Client,
     url: String,
     config: StoreConfig,
 }
@@ -103,7 +103,11 @@ impl FiguresReader {
         self.answer(FIGURES_MAX, query.fetch_all()).await
     }
 
-    pub(super) async fn check_schema(&self) -> Result<(), ReadError> {
+    /// Checks that the tables are those that this program reads.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub(crate) async fn check_schema(&self) -> Result<(), ReadError> {
         let found = self
             .answer(FIRST_ANSWER_MAX, migrate::version(&self.client))
             .await?;
@@ -125,7 +129,7 @@ impl FiguresReader {
         })
     }
 
-    async fn answer<T>(
+    pub(super) async fn answer<T>(
         &self,
         limit: Duration,
         question: impl Future<Output = Result<T, Error>>,
@@ -208,6 +212,7 @@ struct FiguresRow {
     completion: Option<u64>,
     reasoning: Option<u64>,
     unknown: u64,
+    charge: i64,
     ttft: Vec<f32>,
     itl: Vec<f32>,
     e2e: Vec<f32>,
@@ -226,6 +231,7 @@ impl FiguresRow {
             completion_tokens: self.completion,
             reasoning_tokens: self.reasoning,
             unknown_token_requests: self.unknown,
+            charge_nano_usd: self.charge,
             ttft: percentiles(&self.ttft),
             itl: percentiles(&self.itl),
             e2e: percentiles(&self.e2e),
@@ -275,6 +281,7 @@ fn statement(by: &[Dimension]) -> String {
                 AND ((has({{generating:Array(String)}}, toString(endpoint)) AND (prompt_tokens IS NULL OR completion_tokens IS NULL))
                     OR (has({{pooling:Array(String)}}, toString(endpoint)) AND prompt_tokens IS NULL))
             ) AS unknown,
+            sum(charge_nano_usd) AS charge,
             quantilesTDigest(0.5, 0.95)(ttft_us) AS ttft,
             quantilesTDigest(0.5, 0.95)(itl_mean_us) AS itl,
             quantilesTDigestIf(0.5, 0.95)(duration_us, outcome = 'completed') AS e2e
