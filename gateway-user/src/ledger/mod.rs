@@ -16,10 +16,14 @@
 //! Left out: where the facts come from, when a window is settled, and which revision of it stands.
 
 mod allocate;
+pub mod due;
 pub mod engine;
 pub mod facts;
+pub mod gap;
+pub mod head;
 pub mod method;
 pub mod money;
+pub mod observers;
 pub mod price;
 pub mod rates;
 pub mod reconcile;
@@ -28,17 +32,21 @@ pub mod segment;
 mod share;
 pub mod time;
 
-pub use allocate::allocate;
+pub use allocate::{allocate, itemize};
+pub use due::{Bounds, Month};
 pub use engine::{Scrape, Totals, settle, view};
 pub use facts::{Account, Condition, EngineSpan, EngineView, Segment, WindowFacts, Work};
+pub use gap::Difference;
+pub use head::{Clock, Head, Inputs, Recompute, Standing, Tally};
 pub use method::{Method, Millionths, Weights};
 pub use money::NanoUsd;
+pub use observers::{Look, Observers};
 pub use price::{Price, PriceError, PriceList};
 pub use rates::{PerMillion, Rate, RateCard, Usage};
 pub use reconcile::{Cause, Evidence, Gap, History, Interval, likely_causes};
-pub use row::{CostRow, Edition, State};
+pub use row::{CostRow, Edition, SegmentCost, State, Statement};
 pub use segment::{Cutter, Point, Run, SegmentRow, Slice, Wait, scheduled};
 pub use time::{Micros, Span, Window};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
