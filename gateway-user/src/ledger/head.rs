@@ -210,8 +210,8 @@ fn state_name<S: Serializer>(state: &State, serializer: S) -> Result<S::Ok, S::E
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::tests::columns_in;
     use crate::ledger::Span;
+    use crate::ledger::tests::columns_in;
 
     const MINUTE: u64 = 60_000_000;
 

@@ -21,6 +21,7 @@ pub mod engine;
 pub mod facts;
 pub mod gap;
 pub mod head;
+pub mod inputs;
 pub mod method;
 pub mod money;
 pub mod observers;

@@ -6,11 +6,12 @@
 use std::collections::BTreeMap;
 
 use super::engine::{self, Scrape, Totals};
-use super::facts::{Condition, EngineSpan, EngineView};
+use super::facts::{Condition, EngineSpan, Work};
 use super::time::{Micros, Span, Window};
 
-/// How far around a window a scrape can matter: what it stands for (two intervals) and as much again.
-const NEAR_US: u64 = 60_000_000;
+/// How far from a window a scrape can matter. Where none is nearer on one of its sides, the window's counters are unknown: a bound makes a window's view
+/// follow from what is near it, whoever looks how far.
+pub const NEAR_US: u64 = 300_000_000;
 
 /// What one observer saw at one scrape.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,37 +59,45 @@ impl Observers {
         Observers(observers)
     }
 
-    /// The view of `window` by whoever got most answers within `context`; of several the first by name.
-    pub fn view(&self, window: Window, context: Span) -> EngineView {
+    /// Whoever got most answers within `context`; of several the first by name. `None` when nobody looked at all.
+    pub fn best(&self, context: Span) -> Option<&str> {
         let answers = |scrapes: &[Scrape]| {
             let answered = |scrape: &&Scrape| scrape.condition != Condition::Down;
             within(scrapes, context).iter().filter(answered).count()
         };
-        let mut counts: Vec<(usize, &str, &[Scrape])> = self
-            .0
-            .iter()
-            .map(|(name, scrapes)| (answers(scrapes), &**name, &scrapes[..]))
-            .collect();
-        counts.sort_by(|one, other| other.0.cmp(&one.0).then(one.1.cmp(other.1)));
-        let mut observers = counts.into_iter().map(|(_, _, scrapes)| scrapes);
-        let Some(first) = observers.next() else {
-            return EngineView::default();
-        };
-        let mut view = engine::view(window, near(first, window));
-        if view.spans.iter().any(|seen| seen.condition < Condition::Up) {
-            let answered = observers
-                .flat_map(|scrapes| engine::view(window, near(scrapes, window)).spans)
+        let counts = self.0.iter().map(|(name, scrapes)| (name, answers(scrapes)));
+        // Of equals the last one is the greatest, and they are in the order of their names.
+        let best = counts.rev().max_by_key(|(_, answers)| *answers);
+        best.map(|(name, _)| &**name)
+    }
+
+    /// Everybody.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(|name| &**name)
+    }
+
+    /// What counters grew by in `window`, as `observer` saw it.
+    pub fn counted(&self, observer: &str, window: Window) -> Option<Work> {
+        engine::view(window, near(self.0.get(observer)?, window)).counted
+    }
+
+    /// How the engine was in `window`, as `observer` saw it: spans in order that do not overlap, joined where they touch. That it was up goes without
+    /// saying.
+    pub fn spans(&self, observer: &str, window: Window) -> Vec<EngineSpan> {
+        let seen_by = |scrapes: &Vec<Scrape>| engine::view(window, near(scrapes, window)).spans;
+        let mut spans = self.0.get(observer).map(seen_by).unwrap_or_default();
+        if spans.iter().any(|seen| seen.condition < Condition::Up) {
+            let others = self.0.iter().filter(|(name, _)| &***name != observer);
+            let answered = others
+                .flat_map(|(_, scrapes)| seen_by(scrapes))
                 .filter(|seen| seen.condition >= Condition::Up);
             // That it ran at another moment says nothing of this one.
-            let up = answered.map(|seen| EngineSpan {
+            spans.extend(answered.map(|seen| EngineSpan {
                 condition: Condition::Up,
                 ..seen
-            });
-            let up: Vec<EngineSpan> = up.collect();
-            view.spans.extend(up);
+            }));
         }
-        view.spans = simplified(&view.spans);
-        view
+        simplified(&spans)
     }
 }
 
@@ -107,14 +116,14 @@ fn within(scrapes: &[Scrape], span: Span) -> &[Scrape] {
     &scrapes[from..to]
 }
 
-/// The scrapes that a window's view depends on: those nearby, and the next one on each side, however far.
+/// The scrapes that a window's view depends on.
 fn near(scrapes: &[Scrape], window: Window) -> &[Scrape] {
     let span = window.span();
-    let from = span.from().0.saturating_sub(NEAR_US);
-    let to = span.to().0.saturating_add(NEAR_US);
-    let from = scrapes.partition_point(|scrape| scrape.at.0 < from);
-    let to = scrapes.partition_point(|scrape| scrape.at.0 < to);
-    &scrapes[from.saturating_sub(1)..(to + 1).min(scrapes.len())]
+    let from = Micros(span.from().0.saturating_sub(NEAR_US));
+    within(
+        scrapes,
+        Span::new(from, Micros(span.to().0.saturating_add(NEAR_US))),
+    )
 }
 
 /// The same conditions in spans that do not overlap, in order, joined where they touch; that an engine was up goes without saying.
@@ -149,7 +158,6 @@ fn simplified(spans: &[EngineSpan]) -> Vec<EngineSpan> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::Work;
 
     const SECOND: u64 = 1_000_000;
 
@@ -175,8 +183,9 @@ mod tests {
 
     fn counted(looks: Vec<Look>, window_s: u64) -> Option<u64> {
         let context = Span::new(at(0), at(120));
-        let view = Observers::of(looks).view(Window::at(at(window_s)), context);
-        view.counted.map(|work: Work| work.completion_tokens)
+        let observers = Observers::of(looks);
+        let counted = observers.counted(observers.best(context)?, Window::at(at(window_s)));
+        counted.map(|work| work.completion_tokens)
     }
 
     #[test]
@@ -219,7 +228,6 @@ mod tests {
     #[test]
     fn an_engine_that_answered_to_anybody_was_not_down() {
         let window = Window::at(at(15));
-        let context = Span::new(at(0), at(45));
         let down = |name: &str, seconds| look(name, seconds, Condition::Down, None);
         let looks = vec![
             look("a", 0, Condition::Up, 0),
@@ -227,7 +235,7 @@ mod tests {
             down("a", 30),
             look("a", 45, Condition::Up, 0),
         ];
-        let seen = |looks: &[Look]| Observers::of(looks.to_vec()).view(window, context).spans;
+        let seen = |looks: &[Look]| Observers::of(looks.to_vec()).spans("a", window);
         let all_of_it = EngineSpan {
             span: window.span(),
             condition: Condition::Down,
@@ -240,10 +248,9 @@ mod tests {
     #[test]
     fn a_scrape_that_comes_later_and_says_the_same_changes_nothing() {
         let window = Window::at(at(0));
-        let context = Span::new(at(0), at(60));
         let first = look("a", 2, Condition::Running, 0);
         let second = look("a", 12, Condition::Running, 0);
-        let spans = |looks: Vec<Look>| Observers::of(looks).view(window, context).spans;
+        let spans = |looks: Vec<Look>| Observers::of(looks).spans("a", window);
         assert_eq!(spans(vec![first.clone()]), spans(vec![first, second]));
     }
 }
