@@ -9,7 +9,7 @@
 mod column;
 mod csv;
 mod json;
-mod period;
+pub(crate) mod period;
 mod reconciliation;
 mod table;
 mod time;

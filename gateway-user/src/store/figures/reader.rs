@@ -103,7 +103,11 @@ impl FiguresReader {
         self.answer(FIGURES_MAX, query.fetch_all()).await
     }
 
-    pub(super) async fn check_schema(&self) -> Result<(), ReadError> {
+    /// Checks that the tables are those that this program reads.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub(crate) async fn check_schema(&self) -> Result<(), ReadError> {
         let found = self
             .answer(FIRST_ANSWER_MAX, migrate::version(&self.client))
             .await?;
@@ -137,7 +141,8 @@ impl FiguresReader {
         }
     }
 
-    fn explain(&self, error: &Error) -> ReadError {
+    /// What stands in the way, in the words of a report.
+    pub(crate) fn explain(&self, error: &Error) -> ReadError {
         let (url, found) = (self.url.clone(), reason_of(error));
         let database = self.config.database.clone();
         match (code_of(error), error) {
