@@ -35,15 +35,21 @@ impl LedgerStore {
     /// # Errors
     /// What ClickHouse says.
     pub async fn first_fact(&self, upstream: &str) -> Result<Option<Micros>, LedgerError> {
-        let statement = "SELECT toInt64(least(\
-             (SELECT if(count() = 0, toUInt64(-1), toUInt64(toUnixTimestamp(min(window_start)))) FROM request_segments WHERE upstream = {upstream:String}), \
-             (SELECT if(count() = 0, toUInt64(-1), toUInt64(toUnixTimestamp(min(window_start)))) FROM ledger_windows WHERE upstream = {upstream:String}), \
-             (SELECT if(count() = 0, toUInt64(-1), toUInt64(toUnixTimestamp64Milli(min(scraped_at)) / 1000)) FROM vllm_system_metrics \
-              WHERE upstream = {upstream:String}))) AS us";
+        // The first two tables are in this order, so that these rows are the first that are read.
+        let statement = "SELECT toInt64(min(second)) AS us FROM (\
+             SELECT * FROM (SELECT toUInt64(toUnixTimestamp(window_start)) AS second FROM request_segments WHERE upstream = {upstream:String} \
+               ORDER BY upstream, window_start LIMIT 1) UNION ALL \
+             SELECT * FROM (SELECT toUInt64(toUnixTimestamp(window_start)) AS second FROM ledger_windows WHERE upstream = {upstream:String} \
+               ORDER BY upstream, window_start LIMIT 1) UNION ALL \
+             SELECT toUInt64(toUnixTimestamp(min(scraped_at))) AS second FROM vllm_system_metrics WHERE upstream = {upstream:String}) \
+             WHERE second > 0";
         let query = self.client.query(statement).param("upstream", upstream);
         let found = self.rows::<MicrosRow>(query).await?;
         let second = found.first().and_then(|row| u64::try_from(row.us).ok());
-        Ok(second.map(|second| Micros(second * SECOND_US)))
+        // The least of nothing is 0.
+        Ok(second
+            .filter(|second| *second > 0)
+            .map(|second| Micros(second * SECOND_US)))
     }
 
     /// The windows to which a segment came at or after a moment of ClickHouse's clock.
