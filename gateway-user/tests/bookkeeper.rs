@@ -6,7 +6,9 @@
 mod books_site;
 mod support;
 
-use books_site::{MINUTE_US, Request, SECOND_US, START_US, Site, WINDOW_US, cut, requests, scrapes};
+use books_site::{CROOKED, MINUTE_US, Request, SECOND_US, START_US, Site, WINDOW_US, cut, requests, scrapes};
+use support::Sim;
+use support::installed::{Installed, load};
 use vllm_gateway::ledger::{Micros, NanoUsd, Price, PriceList, Span, State};
 
 /// Moments after the start.
@@ -94,7 +96,7 @@ async fn two_gateways_of_which_one_is_an_hour_late_come_to_the_ledger_of_one() {
             > 0
     );
     assert_eq!(
-        both.number("SELECT count() FROM ledger_windows FINAL WHERE state = 'provisional'")
+        both.number("SELECT count() FROM ledger_windows FINAL WHERE state = 'provisional' AND window_start < toDateTime(1792454400 + 160 * 60, 'UTC')")
             .await,
         0
     );
@@ -216,6 +218,12 @@ async fn a_statement_that_is_mixed_or_torn_is_written_anew() {
         assert_eq!(database.items().await, items, "{wound}");
         assert_eq!(keeper.cycle(now).await.expect("a cycle"), 0, "{wound}");
     }
+    // Segments that are gone have been paid for.
+    database
+        .run(&format!("DELETE FROM request_segments WHERE {window}"))
+        .await;
+    assert_eq!(keeper.cycle(now).await.expect("a cycle"), 0);
+    assert_eq!(database.ledger().await, ledger);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -284,6 +292,7 @@ async fn a_stream_of_two_hours_is_paid_for_while_it_runs() {
         assert!(idle.abs_diff(bill(at(0), at(7_654_321))) <= 1, "{idle}");
     }
     assert_eq!(stored, segments.len());
+    keeper.cycle(at(121 * MINUTE_US)).await.expect("a cycle");
     database.check().await;
     let tokens = database
         .number("SELECT sum(completion_tokens) FROM cost_ledger FINAL WHERE team_id = 'a'")
@@ -309,14 +318,14 @@ async fn a_clock_that_steps_ahead_and_back_costs_nobody_anything() {
     plain.store_segments(&segments, |_| "one").await;
     plain
         .bookkeeper("one", "")
-        .cycle(at(150 * MINUTE_US))
+        .cycle(at(153 * MINUTE_US))
         .await
         .expect("a cycle");
 
     let stepped = site.database("stepped").await;
     let mut keeper = stepped.bookkeeper("one", "");
     let mut stored = 0;
-    for minute in 1..=150 {
+    for minute in 1..=153 {
         let now = minute * MINUTE_US;
         let part: Vec<_> = segments
             .iter()
@@ -331,7 +340,7 @@ async fn a_clock_that_steps_ahead_and_back_costs_nobody_anything() {
         } else {
             now
         };
-        if minute % 2 == 0 {
+        if minute % 5 == 3 {
             keeper.cycle(at(shown)).await.expect("a cycle");
         }
         if minute == 38 {
@@ -400,6 +409,82 @@ async fn a_closed_month_is_never_written_again_and_what_comes_late_is_counted_on
     }
     assert_eq!(keeper.stats().late_segments(), late.len() as u64);
     assert_eq!(database.ledger().await, ledger);
+}
+
+/// Streams and others; clients leave in the middle.
+#[rustfmt::skip] // Options in pairs.
+const LOAD: &[&str] = &[
+    "--stream-fraction", "0.7", "--abort-fraction", "0.1", "--teams", "4", "--concurrency", "8", "--prompt-tokens", "4..60",
+    "--output-tokens", "20..200", "--abort-after-ms", "1..200",
+];
+
+/// Windows that are missing between the first and the last one.
+const MISSING: &str = "(SELECT toUInt64((max(window_start) - min(window_start)) / 15 + 1 - uniqExact(window_start)) FROM ledger_windows)";
+
+/// Tokens of segments that are in no row, or the other way round.
+const UNBOOKED: &str = "(SELECT toUInt64(abs(toInt64((SELECT sum(prompt_tokens + completion_tokens) FROM request_segments FINAL)) - \
+     toInt64((SELECT sum(prompt_tokens + completion_tokens) FROM cost_ledger FINAL WHERE NOT startsWith(team_id, '__'))))))";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_is_killed_in_the_middle_of_a_window_books_it_when_it_is_back() {
+    let sim = Sim::start(&["--model", "tiny", "--step-base-us", "4000"]);
+    let installed = Installed::embedded("ledger-kill", sim.addr);
+    let config = installed.dir.join("config.yaml");
+    let yaml = std::fs::read_to_string(&config).expect("a file");
+    std::fs::write(
+        &config,
+        yaml + "metrics: {emit_interval: 1s}\nledger: {settle_after: 20s}\n",
+    )
+    .expect("a file");
+    let crooked = format!("({CROOKED})");
+    for round in 0..3 {
+        let gateway = installed.start();
+        let records = installed.dir.join("records");
+        let mut load = load(gateway.clients, round, 120, &records, LOAD)
+            .spawn()
+            .expect("it starts");
+        // Some of them have ended when it is killed, and some have not.
+        gateway
+            .until_metric("gateway_spool_rows_total", &["request_events"], 30.0)
+            .await;
+        gateway.kill();
+        load.kill().expect("our own process");
+        load.wait().expect("our own process");
+    }
+    let gateway = installed.start();
+    gateway
+        .until_metric("gateway_ledger_windows_total", &["provisional"], 0.0)
+        .await;
+    installed
+        .until(
+            "all tokens to be booked",
+            &format!("if((SELECT count() FROM request_segments) = 0, 1, {UNBOOKED})"),
+            0,
+        )
+        .await;
+    installed.until("whole statements", &crooked, 0).await;
+    installed.until("no holes", MISSING, 0).await;
+    // Settled: until the last segment's window, and some more.
+    let open = "(SELECT count() FROM ledger_windows FINAL WHERE state = 'provisional' AND window_start <= (SELECT max(window_start) FROM request_segments))";
+    installed.until("windows to settle", open, 0).await;
+    installed.until("whole statements", &crooked, 0).await;
+    let segments = installed
+        .number("(SELECT count() FROM request_segments FINAL)")
+        .await;
+    assert!(segments > Some(90), "{segments:?}");
+    // Price times time, as the ledger's own windows have it.
+    let ends = installed
+        .ask("SELECT toUInt64(toUnixTimestamp(min(window_start))) AS begin, toUInt64(toUnixTimestamp(max(window_start))) + 15 AS end, \
+              (SELECT sum(cost_nano_usd) FROM cost_ledger FINAL WHERE window_start <= (SELECT max(window_start) FROM ledger_windows)) AS cost FROM ledger_windows")
+        .await
+        .expect("rows");
+    let of = |name: &str| ends[0][name].as_u64().expect("a number");
+    assert_eq!(
+        of("cost"),
+        bill(Micros(of("begin") * SECOND_US), Micros(of("end") * SECOND_US))
+    );
+    assert!(gateway.metric("gateway_ledger_lag_seconds", &["chat"]).await < 60.0);
+    gateway.stop();
 }
 
 /// What `vllm-gateway ledger` says.

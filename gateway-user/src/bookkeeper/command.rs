@@ -262,6 +262,10 @@ impl<'a> Command<'a> {
             }
         }
         for (windows, why) in [
+            (
+                outcome.short,
+                "have fewer segments than they were computed from (deleted, or not on this replica), and stay as they are",
+            ),
             (in_closed, "are of closed months, and stay as they are"),
             (
                 too_old,

@@ -44,6 +44,8 @@ pub(super) struct Outcome {
     pub(super) rows: Change,
     /// Of the windows that were written: what falls to each team or line.
     pub(super) teams: BTreeMap<Box<str>, Change>,
+    /// Windows that stay as they are since there are fewer segments than they were computed from.
+    pub(super) short: u64,
     /// Rules by which something stands that is left as it is, and what they would be here.
     pub(super) other_rules: BTreeMap<Box<str>, String>,
 }
@@ -111,6 +113,7 @@ impl Desk<'_> {
                 outcome.bill.before += head.bill;
                 outcome.rows.before += head.bill;
             }
+            outcome.short += u64::from(inputs.are_short_of(stands));
             match inputs.edition(stands, &rules, clock, self.recompute) {
                 Some(edition) => due.push(Due {
                     inputs,

@@ -56,6 +56,7 @@ pub struct Bookkeeper {
     stats: Arc<LedgerStats>,
     every: Duration,
     warned: BTreeSet<(Box<str>, String)>,
+    is_short: bool,
 }
 
 /// What is known of an upstream between two cycles.
@@ -103,6 +104,7 @@ impl Bookkeeper {
             stats: Arc::new(stats),
             every: config.metrics.emit_interval,
             warned: BTreeSet::new(),
+            is_short: false,
         })
     }
 
@@ -170,7 +172,7 @@ impl Bookkeeper {
     /// When ClickHouse does not let it. What is not written then is due in the next cycle.
     pub async fn cycle(&mut self, now: Micros) -> Result<u64, LedgerError> {
         let closed = self.store.closed_months().await?;
-        let mut written = 0;
+        let (mut written, mut short) = (0, 0);
         for account in &mut self.accounts {
             let outcome = account
                 .cycle(
@@ -183,6 +185,7 @@ impl Bookkeeper {
                 )
                 .await?;
             written += outcome.changed();
+            short += outcome.short;
             for (theirs, ours) in outcome.other_rules {
                 let is_news =
                     self.warned.len() < WARNED_MAX && self.warned.insert((theirs.clone(), ours.clone()));
@@ -196,6 +199,13 @@ impl Bookkeeper {
                 }
             }
         }
+        if short > 0 && !self.is_short {
+            tracing::warn!(
+                windows = short,
+                "there are fewer segments than windows were computed from: they were deleted, or the replica that answers is behind; the bill stays as it is"
+            );
+        }
+        self.is_short = short > 0;
         Ok(written)
     }
 }
@@ -358,6 +368,7 @@ impl Outcome {
             *self.written.entry(state).or_default() += windows;
         }
         self.windows += other.windows;
+        self.short += other.short;
         self.starts.extend(other.starts);
         self.other_rules.extend(other.other_rules);
     }

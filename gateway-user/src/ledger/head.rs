@@ -4,6 +4,8 @@
 //! otherwise nothing is, so that to compute a window again and again changes nothing. Facts are compared by what a head says of them, sums and a hash of
 //! every segment: were the hash of two different sets of segments ever the same, a window would keep a statement that adds up and was true once.
 //!
+//! Nothing is ever computed from fewer segments than before: what is missing then has been deleted, and would make idle time of what somebody had used.
+//!
 //! What was computed by other rules (another price or method) stays as it is while its facts do, unless it is asked for: otherwise two gateways
 //! that were configured differently would correct each other for ever.
 
@@ -150,7 +152,14 @@ impl Inputs {
             && (has_gap || &*head.rules != rules)
     }
 
-    /// The edition in which the window is to be written, or `None` when what stands is right.
+    /// Whether there are fewer segments than what stands was computed from. Segments only ever come, so that these are not all: they have grown old and
+    /// were deleted, or another replica has the others.
+    pub fn are_short_of(&self, standing: Option<&Standing>) -> bool {
+        let head = standing.and_then(|standing| standing.head.as_ref());
+        head.is_some_and(|head| head.segments > self.tally.segments)
+    }
+
+    /// The edition in which the window is to be written, or `None` when what stands is right, or is of more facts than there are.
     ///
     /// The `n`th statement of a window has revision `n·1 000 000 + k`, where `k` is a hash of what it says. So two gateways that write at the same time
     /// write the same when they know the same, and when they do not, one's rows stand in all tables alike, and what is left of the other's has a lower
@@ -162,6 +171,9 @@ impl Inputs {
         clock: Clock,
         recompute: Recompute,
     ) -> Option<Edition> {
+        if self.are_short_of(standing) {
+            return None;
+        }
         let due = match clock.has_settled(self.window) {
             true => State::Settled,
             false => State::Provisional,
@@ -359,6 +371,19 @@ mod tests {
         stands.head = None;
         let healed = edition(&facts, Some(&stands), 20).unwrap();
         assert_eq!((healed.state, healed.revision / REVISION), (State::Settled, 8));
+    }
+
+    #[test]
+    fn segments_that_are_gone_change_no_bill() {
+        let facts = inputs();
+        let mut stands = standing(&facts, edition(&facts, None, 1).unwrap());
+        let mut fewer = facts;
+        fewer.tally.segments -= 1;
+        stands.is_whole = false;
+        assert!(fewer.are_short_of(Some(&stands)));
+        for recompute in [Recompute::ByFacts, Recompute::ByRules] {
+            assert_eq!(fewer.edition(Some(&stands), "other", after(20), recompute), None);
+        }
     }
 
     #[test]

@@ -207,7 +207,7 @@ impl Scraped {
 
 /// What must be 0 where statements are whole: windows whose rows do not sum to their head, or are of other revisions; segments whose costs do not sum
 /// to their account's row.
-const CROOKED: &str = "SELECT \
+pub const CROOKED: &str = "SELECT \
     (SELECT count() FROM (SELECT upstream, window_start, bill_nano_usd, busy_us, revision, state, prompt_tokens + unattributed_prompt_tokens AS prompt, \
       completion_tokens + unattributed_completion_tokens AS completion FROM ledger_windows FINAL) AS head \
      FULL JOIN (SELECT upstream, window_start, sum(cost_nano_usd) AS cost, sum(busy_us) AS busy, sum(prompt_tokens) AS prompt, \

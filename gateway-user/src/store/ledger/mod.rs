@@ -126,3 +126,28 @@ async fn answered<T>(question: impl Future<Output = Result<T, Error>>) -> Result
         .unwrap_or(Err(Error::TimedOut))
         .map_err(LedgerError::Read)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_who_may_only_read_is_told_from_one_who_may_not_even_do_that() {
+        let refused = || {
+            Error::BadResponse("Code: 497. DB::Exception: gw: Not enough privileges (ACCESS_DENIED)".into())
+        };
+        assert!(LedgerError::Write(refused()).is_read_only());
+        assert!(!LedgerError::Read(refused()).is_read_only());
+        assert!(!LedgerError::Write(Error::TimedOut).is_read_only());
+        let read_only = Error::BadResponse(
+            "Code: 164. DB::Exception: Cannot execute query in readonly mode (READONLY)".into(),
+        );
+        assert!(LedgerError::Write(read_only).is_read_only());
+    }
+
+    #[test]
+    fn a_span_that_ends_within_a_second_is_read_to_its_end() {
+        assert_eq!((seconds(15_000_000), seconds(15_000_001)), (15, 16));
+        assert_eq!(seconds(u64::MAX), u32::MAX);
+    }
+}
