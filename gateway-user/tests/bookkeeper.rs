@@ -237,10 +237,8 @@ async fn a_price_that_changes_in_the_middle_of_a_window_counts_from_its_moment()
         )
         .await;
     // A nano-USD for each microsecond, then three.
-    let price = format!(
-        "price: [{{usd_per_gpu_hour: 3.6, gpus: 1}}, {{usd_per_gpu_hour: 3.6, gpus: 3, from: \"2026-10-20T00:00:20Z\"}}]"
-    );
-    let mut keeper = database.bookkeeper_with("one", "", &price);
+    let price = "price: [{usd_per_gpu_hour: 3.6, gpus: 1}, {usd_per_gpu_hour: 3.6, gpus: 3, from: \"2026-10-20T00:00:20Z\"}]";
+    let mut keeper = database.bookkeeper_with("one", "", price);
     keeper.cycle(at(66 * SECOND_US)).await.expect("a cycle");
     let costs = database
         .strings(

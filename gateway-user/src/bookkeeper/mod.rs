@@ -4,8 +4,8 @@
 //! from the same tables, so that who computes a window twice writes nothing, and who computes it at the same time writes the same. Only what cannot be
 //! read from tables is left to chance: when a window is looked at.
 //!
-//! * [`job`] runs beside the gateway; [`desk`] computes a chunk of windows, for the job and for the command alike.
-//! * [`command`] is `vllm-gateway ledger`, with [`month`] for closing months.
+//! * [`job`] runs beside the gateway; `desk` computes a chunk of windows, for the job and for the command alike.
+//! * [`command`] is `vllm-gateway ledger`, with `month` for closing months.
 //!
 //! Promises: nothing in here is in the way of a request; an error is waited out; memory is bounded, by a chunk of windows and the segments of a few of
 //! them. Left out: the rules themselves, which are in [`ledger`](crate::ledger), and ClickHouse, which only [`store`](crate::store) knows.

@@ -7,13 +7,15 @@
 //! * `share` divides the time of an upstream between the requests that ran on it.
 //! * [`facts`] is what is known of one window of one upstream, and [`allocate()`] makes the rows of `cost_ledger` ([`row`]) out of it.
 //! * [`reconcile`] holds what engines counted against what requests are known to have used, and says what a gap may come from.
+//! * [`observers`], [`gap`] and [`inputs`] say what is known of each window, out of several gateways' scrapes and all segments.
+//! * [`head`] decides when a window's statement is made anew, and [`due`] holds the spans of windows that are looked at.
 //! * [`rates`] is the other amount: what a request is charged by its tokens alone.
 //!
 //! Promises: the rows of a window sum to the window's bill to the nano-USD, and the bills of adjoining windows to the bill of the span
 //! that they cover; no row is negative; the same facts give the same rows, whoever computes them and in whatever order they came. No
 //! float touches an amount, and there is neither a clock nor any I/O in here.
 //!
-//! Left out: where the facts come from, when a window is settled, and which revision of it stands.
+//! Left out: where the facts come from, and when anybody looks at them (see [`bookkeeper`](crate::bookkeeper)).
 
 mod allocate;
 pub mod due;
