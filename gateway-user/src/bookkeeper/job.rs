@@ -1,8 +1,9 @@
 //! The job that keeps the books while a gateway runs.
 //!
 //! Each cycle looks at windows that can have changed: those that ended lately, those to which a segment came (a row knows when it was stored), the
-//! neighbours of both, since a gap is decided by what lies near, and those that were written last, should two gateways have written at once. From time
-//! to time it also looks for holes: windows that nobody booked, because no gateway ran. They are booked a few hours' worth a cycle.
+//! neighbours of both, since a gap is decided by what lies near, and those that were written last, should two gateways have written at once. In
+//! between a few glances at the newest windows are enough, which read a part of that. From time to time a cycle also looks for holes: windows that nobody
+//! booked, because no gateway ran. They are booked a few hours' worth a cycle.
 
 use super::desk::{CHUNK, Desk, Outcome};
 use super::{LedgerStats, Rules, Upstream, opened};
@@ -38,6 +39,9 @@ const HOLES_MAX: usize = 4;
 /// Windows that ended lately, beyond those that can still change: a cycle can be late.
 const SLACK: u64 = 8;
 
+/// Of so many looks one is a whole cycle, and the others are at the newest windows alone.
+const LOOKS_A_CYCLE: u32 = 4;
+
 /// Longest wait after failures.
 const BACKOFF_MAX: Duration = Duration::from_secs(120);
 
@@ -57,6 +61,16 @@ pub struct Bookkeeper {
     every: Duration,
     warned: BTreeSet<(Box<str>, String)>,
     is_short: bool,
+    looks: u32,
+}
+
+/// How much of the books is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Depth {
+    /// The newest windows.
+    Glance,
+    /// All that can have changed.
+    Cycle,
 }
 
 /// What is known of an upstream between two cycles.
@@ -105,6 +119,7 @@ impl Bookkeeper {
             every: config.metrics.emit_interval,
             warned: BTreeSet::new(),
             is_short: false,
+            looks: 0,
         })
     }
 
@@ -160,7 +175,13 @@ impl Bookkeeper {
         // A clock that runs ahead would book and settle windows that have not come yet. Two clocks seldom do.
         let own = Micros(clock::wall_now_us().max(0) as u64);
         let now = own.min(self.store.now().await?);
-        self.cycle(now).await?;
+        let depth = match self.looks.is_multiple_of(LOOKS_A_CYCLE) {
+            true => Depth::Cycle,
+            false => Depth::Glance,
+        };
+        self.look(now, depth).await?;
+        // Only now: after a failure the next look is a whole one again, if this one was.
+        self.looks = self.looks.wrapping_add(1);
         self.stats
             .took(u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX));
         Ok(())
@@ -171,19 +192,28 @@ impl Bookkeeper {
     /// # Errors
     /// When ClickHouse does not let it. What is not written then is due in the next cycle.
     pub async fn cycle(&mut self, now: Micros) -> Result<u64, LedgerError> {
+        self.look(now, Depth::Cycle).await
+    }
+
+    async fn look(&mut self, now: Micros, depth: Depth) -> Result<u64, LedgerError> {
         let closed = self.store.closed_months().await?;
         let (mut written, mut short) = (0, 0);
         for account in &mut self.accounts {
-            let outcome = account
-                .cycle(
-                    &self.store,
-                    &self.rules,
-                    &self.gateway_id,
-                    now,
-                    &closed,
-                    &self.stats,
-                )
-                .await?;
+            let desk = Desk {
+                store: &self.store,
+                rules: &self.rules,
+                upstream: &account.upstream.clone(),
+                gateway_id: &self.gateway_id,
+                recompute: Recompute::ByFacts,
+                writes: true,
+            };
+            let outcome = match account.newest(now).filter(|_| depth == Depth::Glance) {
+                Some(newest) => {
+                    desk.book(&open_parts(&[newest], newest, &closed), now, &self.stats)
+                        .await?
+                }
+                None => account.cycle(&desk, now, &closed, &self.stats).await?,
+            };
             written += outcome.changed();
             short += outcome.short;
             for (theirs, ours) in outcome.other_rules {
@@ -215,17 +245,49 @@ async fn told(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
+impl Desk<'_> {
+    /// Computes spans of whole windows, chunk by chunk.
+    async fn book(&self, due: &[Span], now: Micros, stats: &LedgerStats) -> Result<Outcome, LedgerError> {
+        let mut outcome = Outcome::default();
+        let clock = Clock {
+            now,
+            settle_us: self.rules.settle_us,
+        };
+        for chunk in chunks(due, CHUNK) {
+            let mut of_chunk = Outcome::default();
+            self.compute(chunk, clock, &mut of_chunk).await?;
+            for state in State::ALL {
+                stats.wrote(state, of_chunk.in_state(state));
+            }
+            stats.booked(&self.upstream.name, chunk.to());
+            outcome.add(of_chunk);
+        }
+        Ok(outcome)
+    }
+}
+
 impl Account {
+    /// The newest windows, when they adjoin what was looked at before.
+    fn newest(&self, now: Micros) -> Option<Span> {
+        let over = Micros(now.0.saturating_sub(BOOKED_AFTER_US));
+        let from = Micros(now.0.saturating_sub(SLACK * Window::LEN_US));
+        let adjoins = self.last_cycle.is_some_and(|last| from <= last && last <= now);
+        let bounds = Bounds {
+            opened: Window::at(self.opened?).start(),
+            kept: from,
+            over,
+        };
+        adjoins.then_some(bounds.span())
+    }
+
     async fn cycle(
         &mut self,
-        store: &LedgerStore,
-        rules: &Rules,
-        gateway_id: &str,
+        desk: &Desk<'_>,
         now: Micros,
         closed: &BTreeSet<Month>,
         stats: &LedgerStats,
     ) -> Result<Outcome, LedgerError> {
-        let mut outcome = Outcome::default();
+        let (store, rules) = (desk.store, desk.rules);
         let seen_at = store.now().await?;
         let name = self.upstream.name.clone();
         let since = match self.unseen {
@@ -243,7 +305,7 @@ impl Account {
         }
         self.opened = self.opened.into_iter().chain(touched.first().copied()).min();
         let Some(opened) = self.opened else {
-            return Ok(outcome);
+            return Ok(Outcome::default());
         };
         let bounds = Bounds {
             opened: Window::at(opened).start(),
@@ -262,30 +324,10 @@ impl Account {
         let mut due = around(&touched, rules.reach());
         due.extend(around(&self.unchecked, 0));
         due.push(recent);
-        let mut due = chunks(&open_parts(&joined(due), span, closed), CHUNK);
+        let mut due = open_parts(&joined(due), span, closed);
         let filled = chunks(&open_parts(&self.holes, span, closed), CHUNK);
         due.extend(filled.iter().take(HOLES_MAX));
-        let desk = Desk {
-            store,
-            rules,
-            upstream: &self.upstream,
-            gateway_id,
-            recompute: Recompute::ByFacts,
-            writes: true,
-        };
-        let clock = Clock {
-            now,
-            settle_us: rules.settle_us,
-        };
-        for chunk in due {
-            let mut of_chunk = Outcome::default();
-            desk.compute(chunk, clock, &mut of_chunk).await?;
-            for state in State::ALL {
-                stats.wrote(state, of_chunk.in_state(state));
-            }
-            stats.booked(&name, chunk.to());
-            outcome.add(of_chunk);
-        }
+        let mut outcome = desk.book(&due, now, stats).await?;
         self.holes = filled.into_iter().skip(HOLES_MAX).collect();
         self.unchecked = std::mem::take(&mut outcome.starts);
         self.unseen = Some(Micros(seen_at.0.saturating_sub(OVERLAP_US)));

@@ -23,7 +23,7 @@ use crate::ledger::{Method, PriceList, Window};
 use crate::store::ledger::LedgerStore;
 use std::time::Duration;
 
-/// How long raw rows are believed to be complete before ClickHouse begins to delete them: a part of a day less than they are kept.
+/// How much earlier than ClickHouse begins to delete raw rows they are no longer believed to be complete: a day, or less where they are kept for days.
 const RAW_MARGIN: Duration = Duration::from_hours(24);
 
 /// By which rules this gateway computes.
@@ -46,7 +46,8 @@ impl Rules {
     /// The rules of a config; `None` when they are none, which a validated config's are not.
     fn of(config: &Config) -> Option<Rules> {
         let ledger = &config.ledger;
-        let raw = Duration::from_hours(24 * u64::from(config.store.raw_days)).saturating_sub(RAW_MARGIN);
+        let kept = Duration::from_hours(24 * u64::from(config.store.raw_days));
+        let raw = kept - RAW_MARGIN.min(kept / 4);
         Some(Rules {
             method: Method::new(ledger.theta, ledger.weights, ledger.idle)?,
             settle_us: micros(ledger.settle_after),
