@@ -207,6 +207,7 @@ fn code(condition: Condition) -> u64 {
         Condition::Loading => 3,
         Condition::Up => 4,
         Condition::Running => 5,
+        Condition::Asleep => 6,
     }
 }
 

@@ -194,6 +194,7 @@ impl LedgerStore {
     /// What ClickHouse says.
     pub async fn looks(&self, upstream: &str, span: Span) -> Result<Vec<Look>, LedgerError> {
         let statement = "SELECT toString(gateway_id) AS observer, toUnixTimestamp64Milli(scraped_at) AS at_ms, toUInt8(min(ok)) AS answered, \
+             groupUniqArray(toString(condition)) AS conditions, \
              sum(running) AS running_sum, toUInt8(count() = count(prompt_tokens_total) AND count() = count(generation_tokens_total)) AS known, \
              sum(ifNull(prompt_tokens_total, 0)) AS prompt, sum(ifNull(generation_tokens_total, 0)) AS completion, \
              sum(cityHash64(model)) AS models, toUInt8(max(counter_reset)) AS reset FROM vllm_system_metrics FINAL \
@@ -391,6 +392,7 @@ struct LookRow {
     observer: String,
     at_ms: i64,
     answered: u8,
+    conditions: Vec<String>,
     running_sum: Option<f64>,
     known: u8,
     prompt: u64,
@@ -402,10 +404,15 @@ struct LookRow {
 impl LookRow {
     fn look(self) -> Look {
         let answered = self.answered > 0;
+        // Of the models of one engine, the one that is nearest to running tells.
+        let conditions = self.conditions.iter();
+        let condition = conditions
+            .map(|name| Condition::of_row(name, answered, self.running_sum))
+            .max();
         Look {
             observer: self.observer.into(),
             at: Micros(self.at_ms.max(0) as u64 * 1_000),
-            condition: Condition::of_scrape(answered, self.running_sum),
+            condition: condition.unwrap_or(Condition::Down),
             totals: (answered && self.known > 0).then_some(Totals {
                 prompt_tokens: self.prompt,
                 completion_tokens: self.completion,
