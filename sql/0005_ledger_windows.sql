@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS ledger_windows{on_cluster}
     -- What is settled of the difference: the tokens of __unattributed__.
     unattributed_prompt_tokens UInt64 CODEC(T64, ZSTD(1)),
     unattributed_completion_tokens UInt64 CODEC(T64, ZSTD(1)),
-    -- A hash of all that the rows follow from but the rules; equal facts give equal rows.
+    -- A hash of the segments and of how the engine was: with the columns above, all that the rows follow from but the rules.
     facts UInt64 CODEC(ZSTD(1)),
     -- Price and method, in words: an old bill can be explained when the config has changed.
     rules LowCardinality(String),

@@ -1,6 +1,7 @@
 //! vllm-gateway: which team an LLM request was for, how long each phase took, and how many tokens it used.
 
 pub mod admin;
+pub mod bookkeeper;
 pub mod books;
 pub mod cli;
 pub mod clock;

@@ -9,6 +9,7 @@ use std::process::{self, ExitCode};
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+use vllm_gateway::bookkeeper::{self, job::Bookkeeper};
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
 use vllm_gateway::config::{Config, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::gateway::{self, Gateway};
@@ -28,6 +29,12 @@ fn main() -> anyhow::Result<ExitCode> {
             let (mut out, mut err) = (io::stdout(), io::stderr());
             let code = runtime.block_on(report::run(&arguments, &environment, &mut out, &mut err))?;
             Ok(ExitCode::from(code))
+        }
+        Command::Ledger(arguments) => {
+            let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+            let (mut out, mut err) = (io::stdout(), io::stderr());
+            let done = bookkeeper::command::run(&arguments, &environment, &mut out, &mut err);
+            Ok(ExitCode::from(runtime.block_on(done)?))
         }
         Command::Doctor(arguments) => {
             let code = doctor::run(&arguments, environment, &mut io::stdout(), &mut io::stderr())?;
@@ -75,10 +82,14 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         .collect();
     let store = StoreService::open(&config)?;
     let outlets = store.as_ref().map(StoreService::outlets).unwrap_or_default();
+    let bookkeeper = Bookkeeper::of(&config);
     let capture = config.capture;
     let gateway = Gateway::build(config, listeners, outlets, source)?;
     if let Some(store) = &store {
         gateway.metrics().show_store(store.counts())?;
+    }
+    if let Some(bookkeeper) = &bookkeeper {
+        gateway.metrics().show_ledger(bookkeeper.stats())?;
     }
     let clients = gateway.client_addr().map(|addr| addr.to_string());
     let admin = gateway.admin_addr();
@@ -86,7 +97,11 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         let stop = stop_signal()?;
         tracing::info!(%capture, clients, %admin, upstreams = upstreams.join(", "), "gateway is up");
         let storing = store.map(|store| store.start(program, environment));
+        let bookkeeping = bookkeeper.map(Bookkeeper::start);
         let cut_off = gateway.run(stop).await?;
+        if let Some(bookkeeping) = bookkeeping {
+            bookkeeping.finish().await;
+        }
         if let Some(storing) = storing {
             storing.finish().await;
         }

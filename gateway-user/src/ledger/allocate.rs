@@ -21,13 +21,19 @@ use super::facts::{
 use super::method::{Method, Weights};
 use super::money::{NanoUsd, apportion};
 use super::price::Priced;
-use super::row::{CostRow, Edition};
+use super::row::{CostRow, Edition, SegmentCost, Statement};
 use super::share::{Companion, PRESENT, Runner, SHARE_BITS, Shares, divide, rates};
 use super::time::Span;
 use crate::config::IdleTo;
 
 /// The rows of one window of one upstream, in the order of their accounts. They sum to [`PriceList::bill`](super::PriceList::bill) of the window's span.
 pub fn allocate(facts: &WindowFacts<'_>, method: &Method, edition: Edition) -> Vec<CostRow> {
+    itemize(facts, method, edition).rows
+}
+
+/// The same rows, and each of them divided once more between the account's segments, by their shares. What an account's segments cost sums to its
+/// row; only in `__unattributed__` most is of no segment.
+pub fn itemize(facts: &WindowFacts<'_>, method: &Method, edition: Edition) -> Statement {
     let span = facts.window.span();
     let segments = once_each(facts.segments);
     let known = segments
@@ -47,6 +53,7 @@ pub fn allocate(facts: &WindowFacts<'_>, method: &Method, edition: Edition) -> V
         entry.work = entry.work.plus(segment.work);
     }
     books.line(UNATTRIBUTED).work = gap;
+    books.items = vec![Item::default(); segments.len()];
 
     let (runners, companion) = crowd(&segments, gap, facts, &method.weights);
     let parts: Vec<Part<'_>> = facts
@@ -62,7 +69,10 @@ pub fn allocate(facts: &WindowFacts<'_>, method: &Method, edition: Edition) -> V
     parts
         .iter()
         .for_each(|part| part.book(method.idle, &teams, &mut books));
-    books.rows(facts, method, edition)
+    Statement {
+        segments: books.segments(&segments, facts, edition),
+        rows: books.rows(facts, method, edition),
+    }
 }
 
 /// The segments by their events, each event once.
@@ -188,21 +198,31 @@ struct Part<'a> {
     priced: Priced<'a>,
     times: Times,
     /// Shares of those who ran, at least one when there was any busy time.
-    shares: BTreeMap<Account, u128>,
+    shares: BTreeMap<Account, Share>,
+}
+
+/// What an account has of a part.
+#[derive(Default)]
+struct Share {
+    whole: u128,
+    /// Its segments that ran in the part, by their places, and what they have of it.
+    segments: Vec<(usize, u128)>,
 }
 
 impl<'a> Part<'a> {
     fn new(priced: Priced<'a>, segments: &[&Segment], divided: &Shares, engine: &[EngineSpan]) -> Part<'a> {
         let times = Times::of(priced.span, &divided.busy, engine);
-        let mut shares: BTreeMap<Account, u128> = BTreeMap::new();
-        for (segment, share) in segments.iter().zip(&divided.runners) {
+        let mut shares: BTreeMap<Account, Share> = BTreeMap::new();
+        for (place, (segment, share)) in segments.iter().zip(&divided.runners).enumerate() {
             if !segment.run.within(priced.span).is_empty() {
-                *shares.entry(segment.account.clone()).or_default() += share;
+                let of_account = shares.entry(segment.account.clone()).or_default();
+                of_account.whole += share;
+                of_account.segments.push((place, *share));
             }
         }
         let unattributed = divided.companion + (u128::from(times.unattributed_us) << SHARE_BITS);
         if unattributed > 0 {
-            *shares.entry(Account::line(UNATTRIBUTED)).or_default() += unattributed;
+            shares.entry(Account::line(UNATTRIBUTED)).or_default().whole += unattributed;
         }
         Part {
             priced,
@@ -226,14 +246,15 @@ impl<'a> Part<'a> {
         for (line, amount) in [LOADING, DOWN, SCALED_TO_ZERO].into_iter().zip(&bill[2..]) {
             books.line(line).cost += NanoUsd(*amount);
         }
-        let weights: Vec<u128> = self.shares.values().copied().collect();
+        let weights: Vec<u128> = self.shares.values().map(|share| share.whole).collect();
         let amounts = apportion(bill[0], &weights)
             .into_iter()
             .zip(apportion(busy_us, &weights));
-        for (account, (amount, time_us)) in self.shares.keys().zip(amounts) {
+        for ((account, share), (amount, time_us)) in self.shares.iter().zip(amounts) {
             let entry = books.entry(account.clone());
             entry.cost += NanoUsd(amount);
             entry.busy_us += time_us;
+            share.book(amount, time_us, &mut books.items);
         }
         self.book_idle(bill[1], idle, teams, books);
     }
@@ -263,20 +284,50 @@ impl<'a> Part<'a> {
     }
 }
 
+impl Share {
+    /// Divides what the account got between its segments.
+    fn book(&self, amount: u64, time_us: u64, items: &mut [Item]) {
+        let mut weights: Vec<u128> = self.segments.iter().map(|(_, share)| *share).collect();
+        // Of no segment: what only the engine's counters tell of.
+        let rest = self.whole - weights.iter().sum::<u128>();
+        if rest > 0 {
+            weights.push(rest);
+        }
+        let parts = apportion(amount, &weights)
+            .into_iter()
+            .zip(apportion(time_us, &weights));
+        for ((place, _), (amount, time_us)) in self.segments.iter().zip(parts) {
+            items[*place].cost += NanoUsd(amount);
+            items[*place].busy_us += time_us;
+        }
+    }
+}
+
 /// Each team's share of the window's busy time, of those that have any.
 fn teams_of(parts: &[Part<'_>]) -> BTreeMap<Box<str>, u128> {
     let mut teams: BTreeMap<Box<str>, u128> = BTreeMap::new();
     for (account, share) in parts.iter().flat_map(|part| &part.shares) {
-        if *share > 0 && account.is_a_teams() {
-            *teams.entry(account.team_id.clone()).or_default() += share;
+        if share.whole > 0 && account.is_a_teams() {
+            *teams.entry(account.team_id.clone()).or_default() += share.whole;
         }
     }
     teams
 }
 
-/// What falls to each account.
+/// What falls to each account, and of that to each of its segments.
 #[derive(Default)]
-struct Books(BTreeMap<Account, Entry>);
+struct Books {
+    accounts: BTreeMap<Account, Entry>,
+    /// In the order of the segments.
+    items: Vec<Item>,
+}
+
+/// What falls to a segment.
+#[derive(Clone, Copy, Default)]
+struct Item {
+    busy_us: u64,
+    cost: NanoUsd,
+}
 
 #[derive(Default)]
 struct Entry {
@@ -289,11 +340,25 @@ struct Entry {
 
 impl Books {
     fn entry(&mut self, account: Account) -> &mut Entry {
-        self.0.entry(account).or_default()
+        self.accounts.entry(account).or_default()
     }
 
     fn line(&mut self, line: &str) -> &mut Entry {
         self.entry(Account::line(line))
+    }
+
+    fn segments(&self, segments: &[&Segment], facts: &WindowFacts<'_>, edition: Edition) -> Vec<SegmentCost> {
+        let row = |(segment, item): (&&Segment, &Item)| SegmentCost {
+            window_start: facts.window,
+            upstream: facts.upstream.into(),
+            event_id: segment.event_id.clone(),
+            account: segment.account.clone(),
+            busy_us: item.busy_us,
+            cost: item.cost,
+            revision: edition.revision,
+            state: edition.state,
+        };
+        segments.iter().zip(&self.items).map(row).collect()
     }
 
     fn rows(self, facts: &WindowFacts<'_>, method: &Method, edition: Edition) -> Vec<CostRow> {
@@ -313,6 +378,6 @@ impl Books {
         let is_said = |(_, entry): &(Account, Entry)| {
             entry.is_due || entry.cost > NanoUsd(0) || entry.busy_us > 0 || entry.work != Work::default()
         };
-        self.0.into_iter().filter(is_said).map(row).collect()
+        self.accounts.into_iter().filter(is_said).map(row).collect()
     }
 }

@@ -129,6 +129,26 @@ impl PriceList {
         self.parts(span).iter().map(Priced::bill).sum()
     }
 
+    /// What it costs in a span, in words: `2.5*8` is eight GPUs at 2.50 USD an hour each.
+    pub fn words(&self, span: Span) -> String {
+        let part = |priced: &Priced<'_>| match priced.price {
+            Some(price) => {
+                let owner = price.owner.as_ref().map(|owner| format!("({owner})"));
+                let owner = owner.unwrap_or_default();
+                format!("{}*{}{owner}", price.usd_per_gpu_hour, price.gpus)
+            }
+            None => "free".to_owned(),
+        };
+        let mut words = String::new();
+        for (number, priced) in self.parts(span).iter().enumerate() {
+            if number > 0 {
+                words += &format!(" from {} ", priced.span.from());
+            }
+            words += &part(priced);
+        }
+        words
+    }
+
     /// Cuts a span where the price changes. The parts are in order and cover it; there are none of an empty span.
     pub(super) fn parts(&self, span: Span) -> Vec<Priced<'_>> {
         let mut parts = Vec::with_capacity(1);
@@ -194,6 +214,13 @@ mod tests {
         assert_eq!(list.bill(span(0, 100)), NanoUsd(0));
         assert_eq!(list.parts(span(50, 250)).len(), 3);
         assert!(list.parts(span(7, 7)).is_empty());
+        let second = Micros(1_000_000).0;
+        let list = PriceList::new(vec![price(0, 2_500_000_000), price(second, 3_000_000_000)]).unwrap();
+        assert_eq!(list.words(span(0, second)), "2.5*1");
+        assert_eq!(
+            list.words(span(0, 2 * second)),
+            "2.5*1 from 1970-01-01T00:00:01Z 3*1"
+        );
     }
 
     #[test]

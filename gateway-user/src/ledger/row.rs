@@ -1,4 +1,4 @@
-//! A row of `cost_ledger`.
+//! Rows of `cost_ledger`, and of `segment_costs`.
 
 use serde::{Serialize, Serializer};
 
@@ -55,7 +55,49 @@ pub struct CostRow {
     pub state: State,
 }
 
+/// A row of `segment_costs`, name for name: what one segment has of its account's row.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SegmentCost {
+    /// Start of the window.
+    #[serde(serialize_with = "in_seconds")]
+    pub window_start: Window,
+    /// The upstream.
+    pub upstream: Box<str>,
+    /// The request.
+    pub event_id: Box<str>,
+    /// Whom it is for.
+    #[serde(flatten)]
+    pub account: Account,
+    /// The share of the upstream's busy time.
+    pub busy_us: u64,
+    /// What it cost.
+    #[serde(rename = "cost_nano_usd", serialize_with = "as_i64")]
+    pub cost: NanoUsd,
+    /// As in the account's row.
+    pub revision: u64,
+    /// As in the account's row.
+    #[serde(serialize_with = "name_of_state")]
+    pub state: State,
+}
+
+/// What a window cost: its rows by account, and what each segment has of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Statement {
+    /// In the order of their accounts; they sum to the window's bill.
+    pub rows: Vec<CostRow>,
+    /// Each segment once.
+    pub segments: Vec<SegmentCost>,
+}
+
 impl State {
+    /// Every state.
+    pub const ALL: [State; 3] = [State::Provisional, State::Settled, State::Restated];
+
+    /// The state of this name.
+    pub fn named(name: &str) -> Option<State> {
+        State::ALL.into_iter().find(|state| state.name() == name)
+    }
+
     /// The name in rows.
     pub fn name(self) -> &'static str {
         match self {
@@ -66,14 +108,14 @@ impl State {
     }
 }
 
-fn in_seconds<S: Serializer>(window: &Window, serializer: S) -> Result<S::Ok, S::Error> {
+pub(super) fn in_seconds<S: Serializer>(window: &Window, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_u64(window.start().0 / 1_000_000)
 }
 
-fn as_i64<S: Serializer>(amount: &NanoUsd, serializer: S) -> Result<S::Ok, S::Error> {
+pub(super) fn as_i64<S: Serializer>(amount: &NanoUsd, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_i64(amount.as_i64())
 }
 
-fn name_of_state<S: Serializer>(state: &State, serializer: S) -> Result<S::Ok, S::Error> {
+pub(super) fn name_of_state<S: Serializer>(state: &State, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(state.name())
 }

@@ -399,16 +399,51 @@ fn a_row_has_the_tables_columns() {
     assert_eq!(row["window_start"], START_US / SECOND_US);
     assert_eq!(row["state"], "provisional");
     let sql = include_str!("../../../sql/0004_segments_and_ledger.sql");
-    let table = sql.split("cost_ledger{on_cluster}").nth(1).unwrap();
+    assert_eq!(columns_of(&row), columns_in(sql, "cost_ledger"));
+}
+
+fn columns_of(row: &serde_json::Value) -> Vec<String> {
+    let mut columns: Vec<String> = row.as_object().unwrap().keys().cloned().collect();
+    columns.sort_unstable();
+    columns
+}
+
+/// The columns of a table, in the order of their names.
+pub(super) fn columns_in(sql: &str, table: &str) -> Vec<String> {
+    let table = sql
+        .split(&format!("CREATE TABLE IF NOT EXISTS {table}{{on_cluster}}"))
+        .nth(1)
+        .unwrap();
     let table = table.split("ENGINE").next().unwrap();
     let columns = table
         .lines()
-        .filter_map(|line| line.strip_prefix("    ")?.split(' ').next());
-    let mut columns: Vec<&str> = columns.collect();
-    let mut fields: Vec<&String> = row.as_object().unwrap().keys().collect();
+        .filter_map(|line| line.strip_prefix("    ")?.split(' ').next())
+        .filter(|word| *word != "--");
+    let mut columns: Vec<String> = columns.map(str::to_owned).collect();
     columns.sort_unstable();
-    fields.sort_unstable();
-    assert_eq!(fields, columns);
+    columns
+}
+
+#[test]
+fn a_segments_cost_has_the_tables_columns() {
+    let run = segment("e", "search", span(0, SECOND_US), tokens(1, 1));
+    let facts = WindowFacts {
+        window: window(),
+        upstream: "chat",
+        prices: &nano_a_microsecond(),
+        segments: &[run],
+        engine: &EngineView::default(),
+        accounts_before: &[],
+    };
+    let statement = itemize(&facts, &method(500_000, IdleTo::Separate), EDITION);
+    let row = serde_json::to_value(&statement.segments[0]).unwrap();
+    assert_eq!(
+        columns_of(&row),
+        columns_in(
+            include_str!("../../../sql/0005_ledger_windows.sql"),
+            "segment_costs"
+        )
+    );
 }
 
 #[test]
@@ -608,6 +643,31 @@ proptest! {
         prop_assert_eq!(busy, busy_us(&segments, &view));
         prop_assert!(rows.iter().all(|row| is_running(row) || row.busy_us == 0));
         prop_assert!(rows.is_sorted_by_key(|row| &row.account));
+    }
+
+    #[test]
+    fn what_an_accounts_segments_cost_sums_to_its_row(
+        (segments, shuffled) in any_segments(12).prop_flat_map(|segments| (Just(segments.clone()), Just(segments).prop_shuffle())),
+        view in any_engine(),
+        prices in any_prices(),
+        method in any_method(),
+    ) {
+        let items = |segments: &[Segment]| {
+            let facts = WindowFacts { window: window(), upstream: "chat", prices: &prices, segments, engine: &view, accounts_before: &[] };
+            itemize(&facts, &method, EDITION)
+        };
+        let statement = items(&segments);
+        prop_assert_eq!(&statement, &items(&shuffled));
+        prop_assert_eq!(statement.segments.len(), segments.len());
+        let mut sums: BTreeMap<&Account, (u64, u64)> = BTreeMap::new();
+        for item in &statement.segments {
+            let sum = sums.entry(&item.account).or_default();
+            *sum = (sum.0 + item.cost.0, sum.1 + item.busy_us);
+        }
+        for row in statement.rows.iter().filter(|row| is_running(row) && &*row.account.team_id != UNATTRIBUTED) {
+            prop_assert_eq!(sums.remove(&row.account), Some((row.cost.0, row.busy_us)));
+        }
+        prop_assert!(sums.is_empty(), "segments of no row: {sums:?}");
     }
 
     #[test]

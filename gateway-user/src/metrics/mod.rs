@@ -12,6 +12,7 @@ mod families;
 mod gaps;
 mod handles;
 mod labels;
+mod ledger;
 mod process;
 mod reconciliation;
 mod scrape;
@@ -25,6 +26,7 @@ pub use handles::{InflightGuard, QueueMetrics, UpstreamMetrics};
 pub use reconciliation::ReconciliationMetrics;
 pub use scrape::ScrapeMetrics;
 
+use crate::bookkeeper::LedgerStats;
 use crate::config::Capture;
 use crate::event::{EventSink, RequestEvent};
 use crate::store::service::StoreCounts;
@@ -177,6 +179,17 @@ impl Metrics {
             .inner
             .registry
             .register(Box::new(store::StoreFamilies::of(counts)?))?)
+    }
+
+    /// Shows a bookkeeper's numbers too.
+    ///
+    /// # Errors
+    /// When they are shown already, which is a defect of this program.
+    pub fn show_ledger(&self, stats: Arc<LedgerStats>) -> Result<(), MetricsError> {
+        Ok(self
+            .inner
+            .registry
+            .register(Box::new(ledger::LedgerFamilies::of(stats)?))?)
     }
 
     /// Shows a tap's numbers too, for as long as it is there.

@@ -174,7 +174,7 @@ impl Collector for StoreFamilies {
 }
 
 /// Brings a counter up to a number that only grows.
-fn raise(counter: &IntCounter, to: u64) {
+pub(super) fn raise(counter: &IntCounter, to: u64) {
     counter.inc_by(to.saturating_sub(counter.get()));
 }
 

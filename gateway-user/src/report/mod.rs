@@ -18,7 +18,7 @@ mod csv;
 mod focus;
 mod json;
 mod line;
-mod period;
+pub(crate) mod period;
 mod proof;
 mod reconciliation;
 mod table;

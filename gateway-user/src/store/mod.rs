@@ -7,6 +7,7 @@
 pub mod embedded;
 mod exception;
 pub mod figures;
+pub mod ledger;
 mod lines;
 pub mod migrate;
 pub mod queue;

@@ -141,7 +141,8 @@ impl FiguresReader {
         }
     }
 
-    fn explain(&self, error: &Error) -> ReadError {
+    /// What stands in the way, in the words of a report.
+    pub(crate) fn explain(&self, error: &Error) -> ReadError {
         let (url, found) = (self.url.clone(), reason_of(error));
         let database = self.config.database.clone();
         match (code_of(error), error) {
