@@ -20,6 +20,7 @@ pub mod proxy;
 pub mod reconcile;
 pub mod report;
 pub mod segments;
+pub mod sim;
 pub mod store;
 pub mod tally;
 pub mod tap;

@@ -39,6 +39,8 @@ pub struct StepLoad {
     pub prefill_tokens: u32,
     /// Sequences that decode.
     pub decodes: u32,
+    /// Tokens that these have in the KV cache, which decoding reads.
+    pub context_tokens: u64,
 }
 
 /// All sequences, and everything counted about them.
@@ -194,7 +196,10 @@ impl Scheduler {
         seq.scheduled = chunk;
         *budget -= chunk;
         match seq.generated > 0 && chunk == 1 {
-            true => load.decodes += 1,
+            true => {
+                load.decodes += 1;
+                load.context_tokens += u64::from(seq.known());
+            }
             false => load.prefill_tokens += chunk,
         }
         true

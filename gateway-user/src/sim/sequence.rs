@@ -6,7 +6,7 @@ use super::kv::Held;
 use super::progress::{Finish, Progress, Summary};
 use super::scheduler::Limits;
 use super::stats::Stats;
-use crate::tokens::Prompt;
+use super::tokens::Prompt;
 
 /// One sequence to run.
 #[derive(Debug, Clone)]
