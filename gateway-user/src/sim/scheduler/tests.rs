@@ -72,6 +72,21 @@ impl Bench {
         Some(load)
     }
 
+    /// One step, of which the requests' parts make up the whole.
+    fn step_by_request(&mut self) -> Option<StepLoad> {
+        let whole = self.scheduler.plan(self.now_ns)?;
+        let parts = self.scheduler.planned().map(|(_, load)| load);
+        let sum = parts.fold(StepLoad::default(), |sum, part| StepLoad {
+            prefill_tokens: sum.prefill_tokens + part.prefill_tokens,
+            decodes: sum.decodes + part.decodes,
+            context_tokens: sum.context_tokens + part.context_tokens,
+        });
+        assert_eq!(sum, whole);
+        self.now_ns += 1_000_000;
+        self.scheduler.commit(self.now_ns);
+        Some(whole)
+    }
+
     /// One step: the prompt tokens that it computed, and who decoded.
     fn work(&mut self) -> Option<(u32, u32)> {
         self.step().map(|load| (load.prefill_tokens, load.decodes))
@@ -207,7 +222,7 @@ fn who_decodes_reads_all_that_it_has_so_far() {
     let mut bench = Bench::new(LIMITS);
     bench.submit(1, vec![spec(&prompt(10, 1), 3)], 1, None);
     bench.submit(2, vec![spec(&prompt(20, 2), 3)], 1, None);
-    let read: Vec<u64> = std::iter::from_fn(|| bench.step())
+    let read: Vec<u64> = std::iter::from_fn(|| bench.step_by_request())
         .map(|load| load.context_tokens)
         .collect();
     assert_eq!(read, [0, 11 + 21, 12 + 22]);
