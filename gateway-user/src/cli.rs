@@ -7,6 +7,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::calibrate::CalibrateArgs;
 use crate::config::{Config, ConfigError, EXIT_CONFIG, Env, effective_yaml};
 use crate::doctor::DoctorArgs;
 use crate::report::ReportArgs;
@@ -33,6 +34,8 @@ pub enum Command {
     CheckConfig(ConfigSource),
     /// Print what each team used and how it was served, from the rows in ClickHouse.
     Report(ReportArgs),
+    /// Fit the ledger's weights to what the engines did, from the rows in ClickHouse.
+    Calibrate(CalibrateArgs),
     /// Say what this host can do, and what to do about the rest: kernel, upstreams, store, ports. The exit code says what can run.
     Doctor(DoctorArgs),
     /// Run ClickHouse's engine behind its HTTP interface, as the gateway does for `store.url: embedded`.

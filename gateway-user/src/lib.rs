@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod books;
+pub mod calibrate;
 pub mod cli;
 pub mod clock;
 pub mod config;
