@@ -97,7 +97,9 @@ impl Weights {
 
 impl Method {
     /// The share of a busy moment that goes by work, where nothing else is said; the rest goes by being there. A request holds a place in the
-    /// batch whether it works or not, and what that is worth against its work nobody can measure: half for each bounds the error of both.
+    /// batch whether it works or not: what a step takes whatever is in it is shared out so. Half for each was near what teams really take of a simulated
+    /// engine that has room, where presence alone was not; an engine that is always full wants more (`cargo xtask bench allocation`), and
+    /// `vllm-gateway calibrate` tells how much.
     pub const THETA_ASSUMED: Millionths = Millionths::new(500_000);
 
     /// The rules with the share `theta` by work; `None` when that is more than the whole.

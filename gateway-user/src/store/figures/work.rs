@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::Period;
 use super::error::ReadError;
-use super::reader::{FIGURES_MAX, FiguresReader};
+use super::reader::FiguresReader;
 use crate::ledger::{Micros, Span, Window};
 
 /// What the requests of one upstream had done in a window.
@@ -40,14 +40,8 @@ impl FiguresReader {
     /// [`ReadError`].
     pub async fn work(&self, period: Period) -> Result<WorkByUpstream, ReadError> {
         self.check_schema().await?;
-        let query = |statement: &str| {
-            let query = self.client().query(statement);
-            query
-                .param("from_us", period.from_us())
-                .param("to_us", period.to_us())
-        };
-        let rows: Vec<WorkRow> = self.answer(FIGURES_MAX, query(WORK).fetch_all()).await?;
-        let steps: Vec<StepsRow> = self.answer(FIGURES_MAX, query(STEPS).fetch_all()).await?;
+        let rows: Vec<WorkRow> = self.rows(WORK, period).await?;
+        let steps: Vec<StepsRow> = self.rows(STEPS, period).await?;
         let steps = by_upstream(&steps);
         let mut work = WorkByUpstream::new();
         for row in rows {
@@ -56,9 +50,9 @@ impl FiguresReader {
             work.entry(row.upstream).or_default().push(WindowWork {
                 window,
                 busy_us: row.busy_us,
-                prompt_tokens: row.prompt_tokens,
-                completion_tokens: row.completion_tokens,
-                kv_token_seconds: row.kv_token_seconds,
+                prompt_tokens: row.uncached,
+                completion_tokens: row.completion,
+                kv_token_seconds: row.kv_seconds,
                 steps: steps_in(window.span(), of_upstream),
             });
         }
@@ -72,9 +66,9 @@ const WORK: &str = "\
         toString(upstream) AS upstream,
         toUInt32(window_start) AS window_start_s,
         toUInt64(intervalLengthSum(toUnixTimestamp64Micro(run_start), toUnixTimestamp64Micro(run_end))) AS busy_us,
-        sum(prompt_tokens - least(cached_tokens, prompt_tokens)) AS prompt_tokens,
-        sum(completion_tokens) AS completion_tokens,
-        sum(kv_token_seconds) AS kv_token_seconds
+        sum(prompt_tokens - least(cached_tokens, prompt_tokens)) AS uncached,
+        sum(completion_tokens) AS completion,
+        sum(kv_token_seconds) AS kv_seconds
     FROM request_segments FINAL
     WHERE window_start >= fromUnixTimestamp64Micro({from_us:Int64}, 'UTC') AND window_start < fromUnixTimestamp64Micro({to_us:Int64}, 'UTC')
     GROUP BY upstream, window_start
@@ -87,7 +81,7 @@ const STEPS: &str = "\
         toString(upstream) AS upstream,
         toString(gateway_id) AS gateway_id,
         toUnixTimestamp64Milli(scraped_at) AS scraped_at_ms,
-        assumeNotNull(max(interval_us)) AS interval_us,
+        assumeNotNull(max(interval_us)) AS between_us,
         assumeNotNull(sum(engine_steps_delta)) AS steps
     FROM vllm_system_metrics FINAL
     WHERE scraped_at >= fromUnixTimestamp64Micro({from_us:Int64} - 120000000, 'UTC')
@@ -101,9 +95,9 @@ struct WorkRow {
     upstream: String,
     window_start_s: u32,
     busy_us: u64,
-    prompt_tokens: u64,
-    completion_tokens: u64,
-    kv_token_seconds: f64,
+    uncached: u64,
+    completion: u64,
+    kv_seconds: f64,
 }
 
 #[derive(Debug, Row, Deserialize)]
@@ -111,7 +105,7 @@ struct StepsRow {
     upstream: String,
     gateway_id: String,
     scraped_at_ms: i64,
-    interval_us: u64,
+    between_us: u64,
     steps: u64,
 }
 
@@ -127,7 +121,7 @@ fn by_upstream(rows: &[StepsRow]) -> BTreeMap<&str, Vec<Counted>> {
             .iter()
             .map(|row| {
                 let at_us = u64::try_from(row.scraped_at_ms).unwrap_or(0) * 1_000;
-                let span = Span::new(Micros(at_us.saturating_sub(row.interval_us)), Micros(at_us));
+                let span = Span::new(Micros(at_us.saturating_sub(row.between_us)), Micros(at_us));
                 (span, row.steps)
             })
             .collect();
@@ -163,7 +157,7 @@ mod tests {
             upstream: "chat".to_owned(),
             gateway_id: gateway_id.to_owned(),
             scraped_at_ms: START_US as i64 / 1_000 + after_s * 1_000,
-            interval_us: 15_000_000,
+            between_us: 15_000_000,
             steps,
         }
     }
