@@ -114,7 +114,12 @@ async fn the_costs_of_an_engine_are_found_in_what_was_stored_of_its_requests() {
     let day = ["--from", "2026-01-01", "--to", "2026-01-02"];
     let output = calibrate(&dir, &[&day[..], &["--format", "json"]].concat());
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{errors}{}", String::from_utf8_lossy(&output.stdout));
+    assert_eq!(
+        output.status.code(),
+        Some(0),
+        "{errors}{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
     let found: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     let chat = &found["upstreams"]["chat"];
     for (part, us) in [

@@ -180,11 +180,8 @@ mod tests {
             })
             .collect();
         let found = solve(&rows);
-        for at in 0..UNKNOWNS {
-            assert!(
-                (found.values[at] - truth[at]).abs() <= 1e-9 * truth[at].max(1e-5),
-                "{found:?}"
-            );
+        for (value, truth) in found.values.into_iter().zip(truth) {
+            assert!((value - truth).abs() <= 1e-9 * truth.max(1e-5), "{found:?}");
         }
         assert!(found.errors.iter().all(|error| *error < 1e-10), "{found:?}");
     }
