@@ -66,7 +66,7 @@ const WORK: &str = "\
         toString(upstream) AS upstream,
         toUInt32(window_start) AS window_start_s,
         toUInt64(intervalLengthSum(toUnixTimestamp64Micro(run_start), toUnixTimestamp64Micro(run_end))) AS busy_us,
-        sum(prompt_tokens - least(cached_tokens, prompt_tokens)) AS uncached,
+        toUInt64(sum(prompt_tokens - least(cached_tokens, prompt_tokens))) AS uncached,
         sum(completion_tokens) AS completion,
         sum(kv_token_seconds) AS kv_seconds
     FROM request_segments FINAL
