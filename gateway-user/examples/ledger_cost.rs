@@ -4,6 +4,7 @@
 //!   difference is what is done for the ledger's sake: the run is cut, its rows are written as JSON and put into the segments' spool.
 //! * **A window**: `allocate` with so many segments that overlap at random.
 
+use anyhow::{Context as _, ensure};
 use clap::Parser;
 use rustix::time::{ClockId, clock_gettime};
 use std::path::PathBuf;
@@ -40,10 +41,15 @@ struct Options {
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let config = Config::load(Some(&options.config), &|_| None)?;
-    let sinks = match StoreService::open(&config)? {
-        Some(store) => Sinks::new(store.outlets().events),
-        None => anyhow::bail!("expected a store.url, found `none`"),
-    };
+    let store = StoreService::open(&config)?.context("expected a store.url, found `none`")?;
+    let (sinks, counts) = (Sinks::new(store.outlets().events), store.counts());
+    // The spool's files are made ready behind the gateway's back, on threads of their own.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?;
+    let program = std::env::current_exe()?;
+    let _running = runtime.block_on(async { store.start(program, |_| None) });
     let books = Books::new(&config, sinks);
     let facts = stream()?;
     let mut differences = Vec::new();
@@ -54,6 +60,14 @@ fn main() -> anyhow::Result<()> {
         differences.push(with_us - without_us);
         println!("a request: {with_us:.3} µs with segments, {without_us:.3} µs without");
     }
+    let dropped: u64 = [&counts.events, &counts.segments]
+        .iter()
+        .flat_map(|counts| counts.spool.stats().dropped)
+        .sum();
+    ensure!(
+        dropped == 0,
+        "expected every row to be kept, found {dropped} dropped"
+    );
     differences.sort_unstable_by(f64::total_cmp);
     println!(
         "for the ledger's sake: {:.3} µs CPU a request (median; {:.3} to {:.3})",

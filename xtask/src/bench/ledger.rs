@@ -36,11 +36,11 @@ pub struct TrialOptions {
 pub fn cost(root: &Path, options: &CostOptions) -> Result<()> {
     build_release(root, &["--example", "ledger_cost"])?;
     let scratch = Scratch::new()?;
-    // Nothing is sent: the spool alone is on the way of a request.
+    // Nobody listens there, so that nothing is sent: the spool alone is on the way of a request.
     let config = scratch.path().join("config.yaml");
     let spool = scratch.path().join("spool");
     let text = format!(
-        "spool: {{dir: \"{}\"}}\nstore: {{url: embedded}}\n",
+        "spool: {{dir: \"{}\"}}\nstore: {{url: \"http://127.0.0.1:9\"}}\n",
         spool.display()
     );
     fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
