@@ -8,6 +8,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 use crate::bookkeeper::command::LedgerArgs;
+use crate::calibrate::CalibrateArgs;
 use crate::config::{Config, ConfigError, EXIT_CONFIG, Env, effective_yaml};
 use crate::doctor::DoctorArgs;
 use crate::report::ReportArgs;
@@ -36,6 +37,8 @@ pub enum Command {
     Report(ReportArgs),
     /// Compute the bill of a period anew by the rules of this config, or close a month.
     Ledger(LedgerArgs),
+    /// Fit the ledger's weights to what the engines did, from the rows in ClickHouse.
+    Calibrate(CalibrateArgs),
     /// Say what this host can do, and what to do about the rest: kernel, upstreams, store, ports. The exit code says what can run.
     Doctor(DoctorArgs),
     /// Run ClickHouse's engine behind its HTTP interface, as the gateway does for `store.url: embedded`.

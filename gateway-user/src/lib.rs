@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod bookkeeper;
 pub mod books;
+pub mod calibrate;
 pub mod cli;
 pub mod clock;
 pub mod config;
@@ -21,6 +22,7 @@ pub mod proxy;
 pub mod reconcile;
 pub mod report;
 pub mod segments;
+pub mod sim;
 pub mod store;
 pub mod tally;
 pub mod tap;

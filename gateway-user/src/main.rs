@@ -15,7 +15,7 @@ use vllm_gateway::config::{Config, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::gateway::{self, Gateway};
 use vllm_gateway::store::embedded;
 use vllm_gateway::store::service::StoreService;
-use vllm_gateway::{descriptors, doctor, report, tap};
+use vllm_gateway::{calibrate, descriptors, doctor, report, tap};
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
@@ -25,10 +25,12 @@ fn main() -> anyhow::Result<ExitCode> {
             Ok(ExitCode::from(code))
         }
         Command::Report(arguments) => {
-            let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
             let (mut out, mut err) = (io::stdout(), io::stderr());
-            let code = runtime.block_on(report::run(&arguments, &environment, &mut out, &mut err))?;
-            Ok(ExitCode::from(code))
+            wait_for(report::run(&arguments, &environment, &mut out, &mut err))
+        }
+        Command::Calibrate(arguments) => {
+            let (mut out, mut err) = (io::stdout(), io::stderr());
+            wait_for(calibrate::run(&arguments, &environment, &mut out, &mut err))
         }
         Command::Ledger(arguments) => {
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
@@ -50,6 +52,12 @@ fn main() -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// Waits for a command that asks ClickHouse.
+fn wait_for(command: impl Future<Output = io::Result<u8>>) -> anyhow::Result<ExitCode> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(ExitCode::from(runtime.block_on(command)?))
 }
 
 fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {

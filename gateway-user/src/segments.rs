@@ -117,7 +117,7 @@ impl Segments {
                 .into(),
         };
         Some(Run {
-            span: Span::new(scheduled(span, prefilled, wait), span.to()),
+            span: Span::new(scheduled(span, prefilled, completion_tokens, wait), span.to()),
             prefilled,
             prompt_tokens: tokens.engine_prompt.or(tokens.prompt).unwrap_or(0),
             cached_tokens: tokens.cached.unwrap_or(0),
@@ -160,15 +160,12 @@ fn has_run(facts: &Facts) -> bool {
     costs && reached && !is_error
 }
 
-/// How long requests wait at each upstream just now, by what it said at the last scrape.
+/// How long requests wait at each upstream just now, by what it said between the last two scrapes.
 #[derive(Debug, Default)]
 pub struct Waits(RwLock<HashMap<Box<str>, Wait>>);
 
-/// vLLM's own buckets of queue and prefill time begin here. A median below it is no more than a place in the first bucket.
-const FIRST_BUCKET_US: u64 = 300_000;
-
 impl Waits {
-    /// How long they wait there; nothing is known before the first scrape, and nobody waits where no queue was seen.
+    /// How long they wait and run there, on average; nothing is known before the second scrape.
     pub fn of(&self, upstream: &str) -> Wait {
         let waits = self.0.read().unwrap_or_else(PoisonError::into_inner);
         waits.get(upstream).copied().unwrap_or_default()
@@ -177,12 +174,11 @@ impl Waits {
 
 impl SampleSink for Waits {
     fn record(&self, sample: &SystemSample) {
-        let has_queue = sample.waiting.is_some_and(|waiting| waiting > 0.0);
-        let known = |median_us: Option<u64>| median_us.filter(|us| has_queue && *us >= FIRST_BUCKET_US);
         let wait = Wait {
             told_us: None,
-            queue_us: known(sample.queue.p50_us),
-            prefill_us: known(sample.prefill.p50_us),
+            queue_us: sample.means.queue_us,
+            prefill_us: sample.means.prefill_us,
+            token_us: sample.means.itl_us,
         };
         let mut waits = self.0.write().unwrap_or_else(PoisonError::into_inner);
         match waits.get_mut(&sample.upstream) {

@@ -222,7 +222,7 @@ mod tests {
         let old = families("g", "vllm:gpu_cache_usage_perc{model_name=\"m\"} 0\n");
         assert_eq!(old.state, State::Warning);
         assert!(
-            old.found.starts_with("1 of the 14 families that are read, under old names: gpu_cache_usage_perc; missing: num_requests_running"),
+            old.found.starts_with("1 of the 15 families that are read, under old names: gpu_cache_usage_perc; missing: num_requests_running"),
             "{old:?}"
         );
     }

@@ -79,6 +79,11 @@ impl Serialize for Millionths {
 }
 
 impl Weights {
+    /// As numbers: prompt, completion, KV. Only their proportions mean something.
+    pub fn proportions(&self) -> [f64; 3] {
+        [self.prompt, self.completion, self.kv].map(|weight| f64::from(weight.get()))
+    }
+
     /// What each kind of work costs an 8-billion-parameter model in bf16 on one H100, in prompt tokens. A prompt token is 16 GFLOP, 40 µs at
     /// 400 TFLOP/s. A generated token is its share of reading 16 GB of weights, 4.8 ms at 3.35 TB/s, which a batch of 32 divides: 150 µs, 4 in
     /// round figures. A token in the KV cache is 128 KiB (32 layers, 8 heads, 128 wide, K and V) that each of some 40 steps a second reads:
@@ -92,7 +97,9 @@ impl Weights {
 
 impl Method {
     /// The share of a busy moment that goes by work, where nothing else is said; the rest goes by being there. A request holds a place in the
-    /// batch whether it works or not, and what that is worth against its work nobody can measure: half for each bounds the error of both.
+    /// batch whether it works or not: what a step takes whatever is in it is shared out so. Half for each was near what teams really take of a simulated
+    /// engine that has room, where presence alone was not; an engine that is always full wants more (`cargo xtask bench allocation`), and
+    /// `vllm-gateway calibrate` tells how much.
     pub const THETA_ASSUMED: Millionths = Millionths::new(500_000);
 
     /// The rules with the share `theta` by work; `None` when that is more than the whole.

@@ -40,15 +40,17 @@ pub struct Run {
     pub units: u64,
 }
 
-/// When a request waited before it ran.
+/// What is known of how long a request waited before it ran. Means are of requests at the same upstream, of late.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wait {
     /// How long it was in the engine's queue, as the engine says of this very request.
     pub told_us: Option<u64>,
-    /// How long requests are in its queue just now, on average.
+    /// How long requests are in its queue.
     pub queue_us: Option<u64>,
-    /// How long their prompts take, on average.
+    /// How long it takes from there to the first token.
     pub prefill_us: Option<u64>,
+    /// How long each further token takes.
+    pub token_us: Option<u64>,
 }
 
 /// A part of a run within one window.
@@ -96,24 +98,37 @@ pub struct SegmentRow<'a> {
     pub gateway_id: &'a str,
 }
 
-/// When a request was scheduled that arrived at `span`'s beginning.
+/// How many times the mean wait a wait can be by an estimate. A queue that grows or shrinks steadily has waits from none to twice their mean. So
+/// where nobody waits, nobody is taken to have waited, however slow a request was.
+const WAITS_MAX: u64 = 2;
+
+/// When a request was scheduled that arrived at `span`'s beginning, and generated so many tokens.
 ///
-/// What the engine says of it counts, up to the first content, or the end. Else it is estimated: streamed, it ran for as long before its first
-/// content as a prompt takes; otherwise it waited as long as requests wait. An estimate that is made of other requests takes no more than
-/// half of the time in question, so that it is wrong by a factor of two at most. Where nothing is known there was no wait.
-pub fn scheduled(span: Span, prefilled: Option<Micros>, wait: Wait) -> Micros {
+/// What the engine says of it counts, up to the first content, or the end. Else it is estimated: it ran for as long as requests do, a prefill and as many
+/// tokens as it has, and had waited for the rest of its time, but never for more than [`WAITS_MAX`] times as long as requests do. Where it is not known
+/// how long they run, one that is not streamed has waited as long as they do, and no more than half of its time. Where nothing is known there was
+/// no wait.
+pub fn scheduled(span: Span, prefilled: Option<Micros>, completion_tokens: u64, wait: Wait) -> Micros {
     let before = Span::new(span.from(), prefilled.unwrap_or(span.to()));
-    let waited_us = match (wait.told_us, prefilled) {
-        (Some(told_us), _) => told_us.min(before.len_us()),
-        (None, Some(_)) => wait.prefill_us.map_or(0, |prefill_us| {
-            before
-                .len_us()
-                .saturating_sub(prefill_us)
-                .min(before.len_us() / 2)
-        }),
-        (None, None) => wait.queue_us.unwrap_or(0).min(before.len_us() / 2),
+    let further_tokens = match prefilled {
+        Some(_) => 0,
+        None => completion_tokens.saturating_sub(1),
     };
-    Micros(span.from().0 + waited_us)
+    let ran_us = wait.prefill_us.and_then(|prefill_us| {
+        let token_us = if further_tokens > 0 { wait.token_us? } else { 0 };
+        Some(prefill_us.saturating_add(further_tokens.saturating_mul(token_us)))
+    });
+    let queue_us = wait.queue_us.unwrap_or(0);
+    let waited_us = match (wait.told_us, ran_us) {
+        (Some(told_us), _) => told_us,
+        (None, Some(ran_us)) => before
+            .len_us()
+            .saturating_sub(ran_us)
+            .min(queue_us.saturating_mul(WAITS_MAX)),
+        (None, None) if prefilled.is_none() => queue_us.min(before.len_us() / 2),
+        (None, None) => 0,
+    };
+    Micros(span.from().0 + waited_us.min(before.len_us()))
 }
 
 impl Run {
@@ -432,29 +447,64 @@ mod tests {
     fn what_the_engine_says_of_a_wait_counts_before_what_is_likely() {
         let told = Wait {
             told_us: Some(3 * SECOND),
-            queue_us: Some(SECOND),
+            queue_us: Some(4 * SECOND),
             prefill_us: Some(SECOND),
+            token_us: Some(SECOND / 10),
         };
         let first = Some(at(5));
-        assert_eq!(scheduled(span(0, 9), first, told), at(3));
+        assert_eq!(scheduled(span(0, 9), first, 20, told), at(3));
         let beyond = Wait {
             told_us: Some(99 * SECOND),
             ..told
         };
-        assert_eq!(scheduled(span(0, 9), first, beyond), at(5));
+        assert_eq!(scheduled(span(0, 9), first, 20, beyond), at(5));
         let likely = Wait {
             told_us: None,
             ..told
         };
-        assert_eq!(scheduled(span(0, 9), Some(at(2)), likely), at(1));
-        assert_eq!(scheduled(span(0, 9), None, likely), at(1));
-        // Half of the time at most.
-        assert_eq!(scheduled(span(0, 8), Some(at(8)), likely), at(4));
         assert_eq!(
-            scheduled(Span::new(at(0), Micros(START + SECOND)), None, likely),
-            Micros(START + SECOND / 2)
+            scheduled(span(0, 9), first, 20, likely),
+            at(4),
+            "a prefill before the first content"
         );
-        assert_eq!(scheduled(span(0, 9), first, Wait::default()), at(0));
+        assert_eq!(
+            scheduled(span(0, 9), None, 21, likely),
+            at(6),
+            "a prefill and 20 tokens before the end"
+        );
+        assert_eq!(
+            scheduled(span(0, 2), None, 21, likely),
+            at(0),
+            "it ran for all of its time"
+        );
+        assert_eq!(
+            scheduled(span(0, 30), Some(at(30)), 1, likely),
+            at(8),
+            "nobody waits for so long"
+        );
+        assert_eq!(scheduled(span(0, 9), first, 20, Wait::default()), at(0));
+    }
+
+    #[test]
+    fn where_it_is_not_known_how_long_requests_run_they_waited_as_long_as_they_do() {
+        let queue = Wait {
+            queue_us: Some(SECOND),
+            ..Wait::default()
+        };
+        assert_eq!(scheduled(span(0, 9), None, 20, queue), at(1));
+        let half = Micros(START + SECOND / 2);
+        assert_eq!(
+            scheduled(Span::new(at(0), at(1)), None, 20, queue),
+            half,
+            "half of the time at most"
+        );
+        assert_eq!(scheduled(span(0, 9), Some(at(5)), 20, queue), at(0));
+        // A prompt alone, as for an embedding, has no further tokens.
+        let prefill = Wait {
+            prefill_us: Some(SECOND),
+            ..queue
+        };
+        assert_eq!(scheduled(span(0, 2), None, 0, prefill), at(1));
     }
 
     #[test]
@@ -607,11 +657,12 @@ mod tests {
             told in prop::option::of(any::<u64>()),
             queue in prop::option::of(any::<u64>()),
             usual in prop::option::of(any::<u64>()),
+            (tokens, token) in (any::<u64>(), prop::option::of(any::<u64>())),
         ) {
             let span = Span::new(Micros(START + from), Micros(START + from + length));
             let prefilled = prefill.map(|us| Micros((span.from().0 + us).min(span.to().0)));
-            let wait = Wait { told_us: told, queue_us: queue, prefill_us: usual };
-            let start = scheduled(span, prefilled, wait);
+            let wait = Wait { told_us: told, queue_us: queue, prefill_us: usual, token_us: token };
+            let start = scheduled(span, prefilled, tokens, wait);
             prop_assert!(start >= span.from() && start <= prefilled.unwrap_or(span.to()));
         }
     }

@@ -22,7 +22,7 @@ pub(crate) mod period;
 mod proof;
 mod reconciliation;
 mod table;
-mod time;
+pub(crate) mod time;
 
 use crate::cli::ConfigSource;
 use crate::config::{Config, EXIT_CONFIG, Env};
@@ -173,13 +173,18 @@ impl ReportError {
             | ReportError::NoIssuer
             | ReportError::NoCosts => EXIT_USAGE,
             ReportError::Spool(_) => EXIT_SPOOL,
-            ReportError::Read(error) => match error {
-                ReadError::NoStore => EXIT_CONFIG,
-                ReadError::NoAnswer { .. } | ReadError::Failed { .. } => EXIT_UNAVAILABLE,
-                ReadError::Refused { .. } => EXIT_REFUSED,
-                ReadError::NoDatabase { .. } | ReadError::OtherSchema { .. } => EXIT_DATABASE,
-            },
+            ReportError::Read(error) => exit_code_of(error),
         }
+    }
+}
+
+/// How a command ends that cannot read.
+pub(crate) fn exit_code_of(error: &ReadError) -> u8 {
+    match error {
+        ReadError::NoStore => EXIT_CONFIG,
+        ReadError::NoAnswer { .. } | ReadError::Failed { .. } => EXIT_UNAVAILABLE,
+        ReadError::Refused { .. } => EXIT_REFUSED,
+        ReadError::NoDatabase { .. } | ReadError::OtherSchema { .. } => EXIT_DATABASE,
     }
 }
 

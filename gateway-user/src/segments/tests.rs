@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::ledger::Work;
-use crate::vllm::Percentiles;
+use crate::vllm::Means;
 use crate::wire::Piece;
 use crate::wire::exchange::Ending;
 use crate::wire::head::{RequestHead, ResponseHead};
@@ -209,31 +209,28 @@ fn the_kernel_knows_better_when_a_request_arrived_and_ended() {
 }
 
 #[test]
-fn requests_are_taken_to_wait_only_where_a_queue_was_seen() {
+fn what_is_known_of_waits_is_what_the_upstream_said_last() {
     let waits = Waits::default();
     assert_eq!(waits.of("chat"), Wait::default());
     let mut sample = SystemSample {
         upstream: "chat".into(),
-        waiting: Some(3.0),
-        queue: Percentiles {
-            p50_us: Some(900_000),
-            ..Percentiles::default()
-        },
-        // A place in the first bucket, which is no time.
-        prefill: Percentiles {
-            p50_us: Some(150_000),
-            ..Percentiles::default()
+        means: Means {
+            queue_us: Some(900_000),
+            prefill_us: Some(80_000),
+            itl_us: Some(20_000),
         },
         ..SystemSample::default()
     };
     waits.record(&sample);
     let expected = Wait {
+        told_us: None,
         queue_us: Some(900_000),
-        ..Wait::default()
+        prefill_us: Some(80_000),
+        token_us: Some(20_000),
     };
     assert_eq!(waits.of("chat"), expected);
     assert_eq!(waits.of("embeddings"), Wait::default());
-    sample.waiting = Some(0.0);
+    sample.means = Means::default();
     waits.record(&sample);
-    assert_eq!(waits.of("chat"), Wait::default());
+    assert_eq!(waits.of("chat"), Wait::default(), "nothing has ended since");
 }

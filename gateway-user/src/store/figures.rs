@@ -15,6 +15,7 @@ mod error;
 mod ledger;
 mod reader;
 mod reconciliation;
+mod work;
 
 pub use error::ReadError;
 pub use ledger::{
@@ -23,6 +24,7 @@ pub use ledger::{
 };
 pub use reader::FiguresReader;
 pub use reconciliation::Reconciled;
+pub use work::{WindowWork, WorkByUpstream};
 
 /// What requests can be grouped by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

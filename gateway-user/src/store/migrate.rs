@@ -49,6 +49,11 @@ pub const MIGRATIONS: &[Migration] = &[
         name: "reconciliation",
         sql: include_str!("../../../sql/0006_reconciliation.sql"),
     },
+    Migration {
+        version: 7,
+        name: "engine_steps",
+        sql: include_str!("../../../sql/0007_engine_steps.sql"),
+    },
 ];
 
 /// What the schema depends on besides its version.

@@ -13,6 +13,7 @@ pub struct Growth {
     /// Requests that ended, by reason, those with none included. `None` when the server does not have the family.
     pub success: Option<ByReason>,
     latencies: [Option<Buckets>; Latency::COUNT],
+    sums_us: [Option<u64>; Latency::COUNT],
 }
 
 impl Growth {
@@ -36,6 +37,14 @@ impl Growth {
                 |a, b| Some(a.saturating_add(b)),
             );
         }
+        for (index, sum) in growth.sums_us.iter_mut().enumerate() {
+            let of_each = pairs().map(|(before, now)| (before.sums_us()[index], now.sums_us()[index]));
+            // Sums are floats on the page: what shrank by a rounding has not grown.
+            *sum = sum_known(
+                of_each.map(|pair| difference(pair, |before, now| Some(now.saturating_sub(before)))),
+                |a, b| Some(a.saturating_add(b)),
+            );
+        }
         for (index, sum) in growth.latencies.iter_mut().enumerate() {
             let of_each = pairs().map(|(before, now)| (before.latencies()[index], now.latencies()[index]));
             *sum = sum_known(of_each.map(|pair| difference(pair, buckets_between)), |a, b| {
@@ -53,6 +62,12 @@ impl Growth {
     /// The observations of a histogram that were new.
     pub fn latency(&self, latency: Latency) -> Option<&Buckets> {
         self.latencies[latency as usize].as_ref()
+    }
+
+    /// What the new observations of a histogram were on average, in microseconds; `None` without any.
+    pub fn mean_us(&self, latency: Latency) -> Option<u64> {
+        let (_, count) = self.latency(latency)?.0.last()?;
+        self.sums_us[latency as usize]?.checked_div(*count)
     }
 
     /// Share of the looked up tokens that the prefix cache had; `None` when nothing was looked up.

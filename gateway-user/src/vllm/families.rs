@@ -44,6 +44,8 @@ pub enum Counter {
     PrefixCacheQueries,
     /// Those found there.
     PrefixCacheHits,
+    /// Steps of the engine from which anything came out.
+    Steps,
 }
 
 /// How long something took, as a histogram of seconds.
@@ -66,7 +68,7 @@ impl Gauge {
 }
 
 impl Counter {
-    pub(super) const COUNT: usize = Counter::PrefixCacheHits as usize + 1;
+    pub(super) const COUNT: usize = Counter::Steps as usize + 1;
 }
 
 impl Latency {
@@ -80,12 +82,34 @@ enum Family {
     Counter(Counter),
     /// A counter by `finished_reason`.
     RequestSuccess,
-    /// Only its `_bucket`s are read.
+    /// Its `_bucket`s are read, and its `_sum`.
     Latency(Latency),
+    /// A histogram of which only the `_count` is read.
+    CountOf(Counter),
+}
+
+/// Which of a family's series a sample is of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Series {
+    /// The only one of a gauge or a counter.
+    Value,
+    Bucket,
+    Sum,
+    Count,
+}
+
+impl Family {
+    fn has(self, series: Series) -> bool {
+        match self {
+            Family::Gauge(_) | Family::Counter(_) | Family::RequestSuccess => series == Series::Value,
+            Family::Latency(_) => matches!(series, Series::Bucket | Series::Sum),
+            Family::CountOf(_) => series == Series::Count,
+        }
+    }
 }
 
 /// Name without `vllm:` and suffixes, meaning, and how many renames ago it was the name.
-const NAMES: [(&str, Family, u8); 18] = [
+const NAMES: [(&str, Family, u8); 19] = [
     ("num_requests_running", Family::Gauge(Gauge::Running), 0),
     ("num_requests_waiting", Family::Gauge(Gauge::Waiting), 0),
     ("kv_cache_usage_perc", Family::Gauge(Gauge::KvCacheUsage), 0),
@@ -120,22 +144,29 @@ const NAMES: [(&str, Family, u8); 18] = [
         0,
     ),
     ("request_decode_time_seconds", Family::Latency(Latency::Decode), 0),
+    // `_total` is a part of its name.
+    ("iteration_tokens_total", Family::CountOf(Counter::Steps), 0),
 ];
 
 /// The meaning and age of a sample's name.
-fn meaning(name: &str) -> Option<(Family, u8)> {
-    entry(name).map(|(_, family, age)| (family, age))
+fn meaning(name: &str) -> Option<(Family, Series, u8)> {
+    entry(name).map(|(_, family, series, age)| (family, series, age))
 }
 
 /// What is known of a sample's name.
-fn entry(name: &str) -> Option<(&'static str, Family, u8)> {
+fn entry(name: &str) -> Option<(&'static str, Family, Series, u8)> {
     let name = name.strip_prefix(PREFIX)?;
-    let (base, is_bucket) = match name.strip_suffix("_bucket") {
-        Some(base) => (base, true),
-        None => (name.strip_suffix("_total").unwrap_or(name), false),
-    };
+    let of_histogram = [
+        ("_bucket", Series::Bucket),
+        ("_sum", Series::Sum),
+        ("_count", Series::Count),
+    ];
+    let (base, series) = of_histogram
+        .into_iter()
+        .find_map(|(suffix, series)| Some((name.strip_suffix(suffix)?, series)))
+        .unwrap_or((name.strip_suffix("_total").unwrap_or(name), Series::Value));
     let (known, family, age) = NAMES.iter().find(|(known, ..)| *known == base)?;
-    (matches!(family, Family::Latency(_)) == is_bucket).then_some((*known, *family, *age))
+    family.has(series).then_some((*known, *family, series, *age))
 }
 
 /// Which of the families that this program reads a page has: each under its newest name, and under the name that the page has for it.
@@ -145,7 +176,8 @@ pub fn names_in(page: &str) -> BTreeMap<&'static str, &'static str> {
     let names = exposition::samples(page).flatten().map(|sample| sample.name);
     // A histogram has a dozen samples of one name.
     for name in names.collect::<std::collections::BTreeSet<_>>() {
-        let Some((known, family, age)) = entry(name) else {
+        let Some((known, family, _, age)) = entry(name).filter(|(_, _, series, _)| *series != Series::Sum)
+        else {
             continue;
         };
         let newest = newest_name(family).unwrap_or(known);
@@ -214,6 +246,7 @@ pub struct Engine {
     counters: [Option<Newest<u64>>; Counter::COUNT],
     success: Option<Newest<ByReason>>,
     latencies: [Option<Newest<Buckets>>; Latency::COUNT],
+    sums_us: [Option<Newest<u64>>; Latency::COUNT],
     /// Whether it is awake, where the server can be put to sleep.
     awake: Option<bool>,
     transfers: Transfers,
@@ -326,7 +359,7 @@ impl Page {
         let engines = &mut self.models.entry(model.into()).or_default().engines;
         let engine = engines.entry(engine.into()).or_default();
         match said {
-            Some(Said::Family(family, age)) => engine.add(family, age, sample),
+            Some(Said::Family(family, series, age)) => engine.add(family, series, age, sample),
             Some(Said::State(state)) => engine.add_state(state, sample.value),
             None => {}
         }
@@ -361,7 +394,7 @@ impl Page {
 #[derive(Clone, Copy)]
 enum Said {
     /// A family, and how many renames ago it was named so.
-    Family(Family, u8),
+    Family(Family, Series, u8),
     /// The kind of server that this is, and the state that it is in: of which older servers say nothing, and miss nothing.
     State(State),
 }
@@ -381,8 +414,8 @@ enum State {
 
 impl Said {
     fn of(sample: &Sample<'_>) -> Option<Said> {
-        if let Some((family, age)) = meaning(sample.name) {
-            return Some(Said::Family(family, age));
+        if let Some((family, series, age)) = meaning(sample.name) {
+            return Some(Said::Family(family, series, age));
         }
         let name = sample.name.strip_prefix(PREFIX)?;
         let label_is = |label: &str, wanted: &str| sample.label(label) == Some(wanted);
@@ -401,13 +434,13 @@ impl Said {
 }
 
 impl Engine {
-    fn add(&mut self, family: Family, age: u8, sample: &Sample<'_>) {
+    fn add(&mut self, family: Family, series: Series, age: u8, sample: &Sample<'_>) {
         match family {
             Family::Gauge(gauge) if sample.value.is_finite() => {
                 at_age(&mut self.gauges[gauge as usize], age, |sum| *sum += sample.value);
             }
             Family::Gauge(_) => {}
-            Family::Counter(counter) => {
+            Family::Counter(counter) | Family::CountOf(counter) => {
                 if let Some(count) = count(sample.value) {
                     at_age(&mut self.counters[counter as usize], age, |sum| {
                         *sum = sum.saturating_add(count)
@@ -419,6 +452,13 @@ impl Engine {
                 if let Some(count) = count(sample.value) {
                     at_age(&mut self.success, age, |success| {
                         add_reason(success, reason, count)
+                    });
+                }
+            }
+            Family::Latency(latency) if series == Series::Sum => {
+                if let Some(us) = count(sample.value * 1e6) {
+                    at_age(&mut self.sums_us[latency as usize], age, |sum| {
+                        *sum = sum.saturating_add(us)
                     });
                 }
             }
@@ -480,6 +520,13 @@ impl Engine {
         self.counters
             .each_ref()
             .map(|counter| counter.as_ref().map(|newest| newest.value))
+    }
+
+    /// What the observations of each histogram sum to, in microseconds.
+    pub(super) fn sums_us(&self) -> [Option<u64>; Latency::COUNT] {
+        self.sums_us
+            .each_ref()
+            .map(|sum| sum.as_ref().map(|newest| newest.value))
     }
 
     pub(super) fn latencies(&self) -> [Option<&Buckets>; Latency::COUNT] {
@@ -621,7 +668,7 @@ mod tests {
             ("kv_cache_usage_perc", "gpu_cache_usage_perc"),
             ("prefix_cache_hits", "prefix_cache_hits"),
         ];
-        assert_eq!(old, expected.into(), "of a histogram only the buckets are read");
+        assert_eq!(old, expected.into(), "the buckets tell that a histogram is there");
     }
 
     #[test]

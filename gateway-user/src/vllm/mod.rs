@@ -23,4 +23,4 @@ pub mod origin;
 mod sample;
 pub mod scrape;
 
-pub use sample::{Percentiles, SampleSink, SystemSample};
+pub use sample::{Means, Percentiles, SampleSink, SystemSample};

@@ -17,6 +17,17 @@ pub struct Percentiles {
     pub p99_us: Option<u64>,
 }
 
+/// Means of latencies, in microseconds; `None` without observations. They are exact, whatever a histogram's buckets are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Means {
+    /// In the queue.
+    pub queue_us: Option<u64>,
+    /// In prefill.
+    pub prefill_us: Option<u64>,
+    /// Between two tokens of a request.
+    pub itl_us: Option<u64>,
+}
+
 /// What one upstream said of one model at one scrape, or that the scrape failed. Its JSON form is the row, name for name. Absent values
 /// are unknown, not zero.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -66,6 +77,10 @@ pub struct SystemSample {
     pub prompt_tokens_total: Option<u64>,
     /// Generated tokens since the engines started.
     pub generation_tokens_total: Option<u64>,
+    /// Steps since the engines started, of those from which anything came out.
+    pub engine_steps_total: Option<u64>,
+    /// Steps since the scrape before.
+    pub engine_steps_delta: Option<u64>,
     /// Prompt tokens since the scrape before.
     pub prompt_tokens_delta: Option<u64>,
     /// Generated tokens since the scrape before.
@@ -94,6 +109,9 @@ pub struct SystemSample {
     /// In decode.
     #[serde(flatten, with = "columns::decode")]
     pub decode: Percentiles,
+    /// Means of what the percentiles are of; not stored.
+    #[serde(skip)]
+    pub means: Means,
 }
 
 impl SystemSample {
@@ -113,6 +131,7 @@ impl SystemSample {
         self.preemptions_total = model.counter_sum(Counter::Preemptions);
         self.prompt_tokens_total = model.counter_sum(Counter::PromptTokens);
         self.generation_tokens_total = model.counter_sum(Counter::GenerationTokens);
+        self.engine_steps_total = model.counter_sum(Counter::Steps);
     }
 
     /// Fills in what happened within `interval`.
@@ -127,6 +146,7 @@ impl SystemSample {
         self.prefix_cache_hit_ratio = growth.prefix_cache_hit_ratio();
         self.prompt_tokens_delta = growth.counter(Counter::PromptTokens);
         self.generation_tokens_delta = growth.counter(Counter::GenerationTokens);
+        self.engine_steps_delta = growth.counter(Counter::Steps);
         self.preemptions_delta = growth.counter(Counter::Preemptions);
         self.prompt_tokens_per_second = per_second(self.prompt_tokens_delta);
         self.generation_tokens_per_second = per_second(self.generation_tokens_delta);
@@ -135,6 +155,11 @@ impl SystemSample {
         self.queue = percentiles(&growth, Latency::Queue);
         self.prefill = percentiles(&growth, Latency::Prefill);
         self.decode = percentiles(&growth, Latency::Decode);
+        self.means = Means {
+            queue_us: growth.mean_us(Latency::Queue),
+            prefill_us: growth.mean_us(Latency::Prefill),
+            itl_us: growth.mean_us(Latency::Itl),
+        };
         self.request_success = growth.success.unwrap_or_default();
     }
 }

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: what takes too long, and depends too much on the machine, to be a test.
 
 mod contender;
+mod ledger;
 mod load;
 pub mod process;
 mod proxy;
@@ -23,6 +24,10 @@ pub enum Bench {
     Proxy(proxy::Options),
     /// What storing costs: events a second through spool and insert, memory under load, and latency without ClickHouse.
     Store(store::Options),
+    /// How good the ledger's shares are, beside what teams really take of an engine, and what its estimates of waits do to them.
+    Allocation(ledger::TrialOptions),
+    /// What the ledger costs: CPU for a request, and time to compute a window.
+    Ledger(ledger::CostOptions),
     /// What the kernel tap costs: a server whose port it watches, and itself for a record; and whether it loses any.
     Tap(tap::Options),
 }
@@ -35,6 +40,8 @@ pub fn run(root: &Path, bench: &Bench) -> Result<()> {
     match bench {
         Bench::Proxy(options) => proxy::run(root, options),
         Bench::Store(options) => store::run(root, options),
+        Bench::Allocation(options) => ledger::allocation(root, options),
+        Bench::Ledger(options) => ledger::cost(root, options),
         Bench::Tap(options) => tap::run(root, options),
     }
 }

@@ -17,7 +17,6 @@ mod request;
 mod router;
 mod shapes;
 mod sockets;
-mod tokens;
 mod tools;
 
 use std::io::Write as _;
@@ -28,6 +27,7 @@ use anyhow::{Context as _, anyhow};
 use clap::Parser as _;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{SignalKind, signal};
+use vllm_gateway::sim::tokens;
 
 use crate::engine::{Engine, Limits, RequestLog, Scheduler, StepCost};
 use crate::options::Options;
@@ -117,6 +117,7 @@ fn start_engine(options: &Options) -> Engine {
         base_us: options.step_base_us,
         prefill_us_per_token: options.prefill_us_per_token,
         decode_us_per_seq: options.decode_us_per_seq,
+        read_us_per_token: options.read_us_per_token,
     });
     let log = options.introspect.then(RequestLog::default);
     Engine::start(Scheduler::new(limits, log), cost, options.max_num_queued_reqs)

@@ -92,6 +92,10 @@ pub struct Options {
     #[arg(long, default_value_t = 50.0, value_parser = microseconds)]
     pub decode_us_per_seq: f64,
 
+    /// Step time for each token of context that a decoding sequence reads in the KV cache, in microseconds.
+    #[arg(long, default_value_t = 0.0, value_parser = microseconds)]
+    pub read_us_per_token: f64,
+
     /// Switch the prefix cache off.
     #[arg(long)]
     pub no_prefix_cache: bool,

@@ -1,4 +1,4 @@
-//! The one query, and what becomes of its answer.
+//! The connection, what can go wrong with it, and the query for the figures of requests.
 
 use super::error::ReadError;
 use super::{Dimension, Figures, Group, GroupedFigures, Percentiles, Period};

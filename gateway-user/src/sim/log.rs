@@ -1,17 +1,17 @@
 //! What each request used: a bounded ring, for tests that compare a gateway's books with the engine's.
 
 use std::collections::VecDeque;
-use std::fmt::Write as _;
 
-use crate::shapes::json::Js;
+use serde::{Serialize, Serializer};
 
 /// Requests remembered: several minutes of the heaviest load, in well under 100 MB.
 pub const LOG_REQUESTS_MAX: usize = 200_000;
 
 /// One request as the engine saw it. Times are CLOCK_MONOTONIC; zero means that it never came so far.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Record {
     /// Request id, path, model.
+    #[serde(flatten, serialize_with = "by_name")]
     pub label: [String; 3],
     /// Prompt tokens counted by the engine, once for each sequence that was prefilled.
     pub prompt_tokens: u64,
@@ -42,29 +42,23 @@ impl RequestLog {
         self.0.push_back(record);
     }
 
+    /// The requests that have ended, oldest first.
+    pub fn records(&self) -> impl ExactSizeIterator<Item = &Record> {
+        self.0.iter()
+    }
+
     /// One JSON object a line, oldest first.
     pub fn to_json_lines(&self) -> String {
-        let mut out = String::with_capacity(self.0.len() * 256);
+        let mut out = Vec::with_capacity(self.0.len() * 256);
         for record in &self.0 {
-            let [id, path, model] = &record.label;
-            // Writing into a String cannot fail.
-            let _ = writeln!(
-                out,
-                "{{\"request_id\":{},\"path\":{},\"model\":{},\"prompt_tokens\":{},\"completion_tokens\":{},\
-                 \"finished_reason\":\"{}\",\"arrived_ns\":{},\"scheduled_ns\":{},\"first_token_ns\":{},\
-                 \"ended_ns\":{}}}",
-                Js(id),
-                Js(path),
-                Js(model),
-                record.prompt_tokens,
-                record.completion_tokens,
-                record.finished_reason,
-                record.arrived_ns,
-                record.scheduled_ns,
-                record.first_token_ns,
-                record.ended_ns
-            );
+            // A Vec takes everything, and there is nothing in a record that is no JSON.
+            let _ = serde_json::to_writer(&mut out, record);
+            out.push(b'\n');
         }
-        out
+        String::from_utf8_lossy(&out).into_owned()
     }
+}
+
+fn by_name<S: Serializer>(label: &[String; 3], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(["request_id", "path", "model"].into_iter().zip(label))
 }

@@ -56,6 +56,10 @@ impl Histogram {
 
 /// Every counter, gauge and histogram of the engine.
 #[derive(Debug, Clone)]
+#[allow(
+    missing_docs,
+    reason = "each has the name of vLLM's family, which says what it counts"
+)]
 pub struct Stats {
     pub running: u64,
     pub waiting: u64,

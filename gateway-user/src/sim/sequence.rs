@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::kv::Held;
 use super::progress::{Finish, Progress, Summary};
-use super::scheduler::Limits;
+use super::scheduler::{Limits, StepLoad};
 use super::stats::Stats;
-use crate::tokens::Prompt;
+use super::tokens::Prompt;
 
 /// One sequence to run.
 #[derive(Debug, Clone)]
@@ -58,6 +58,22 @@ pub(super) struct Seq {
 impl Seq {
     pub(super) fn known(&self) -> u32 {
         self.spec.prompt.tokens + self.generated
+    }
+
+    /// What the step under way has to do for it.
+    pub(super) fn load(&self) -> StepLoad {
+        if self.generated > 0 && self.scheduled == 1 {
+            StepLoad {
+                decodes: 1,
+                context_tokens: self.known().into(),
+                ..StepLoad::default()
+            }
+        } else {
+            StepLoad {
+                prefill_tokens: self.scheduled,
+                ..StepLoad::default()
+            }
+        }
     }
 }
 

@@ -4,50 +4,21 @@
 //! step's time passes. Nothing else touches the scheduler's state, so its counters are exact. A step's tokens are
 //! reported to the connections before the next step begins.
 
-mod kv;
-mod log;
-mod progress;
-mod scheduler;
-mod sequence;
-mod stats;
-
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::{Notify, oneshot};
 
-pub use self::log::RequestLog;
-pub use self::progress::{Delta, Finish, Progress, Summary};
-pub use self::scheduler::{Limits, Scheduler, StepLoad};
-pub use self::sequence::{SeqSpec, Submission};
-pub use self::stats::{Histogram, Stats};
+pub use vllm_gateway::sim::{
+    Delta, Finish, Histogram, Limits, RequestLog, Scheduler, SeqSpec, Stats, StepCost, Summary,
+};
+use vllm_gateway::sim::{Progress, Submission};
 
 /// Steps that are run before other tasks get a turn when nobody waits for a single token: bounds how long a new
 /// request waits, and keeps the cost of switching small against the work.
 const STEPS_PER_TURN: u32 = 32;
-
-/// How long a step takes.
-#[derive(Debug, Clone, Copy)]
-pub struct StepCost {
-    /// Whatever is in it.
-    pub base_us: f64,
-    /// For each prompt token.
-    pub prefill_us_per_token: f64,
-    /// For each decoding sequence.
-    pub decode_us_per_seq: f64,
-}
-
-impl StepCost {
-    /// The time of a step with this load.
-    pub fn of(&self, load: StepLoad) -> Duration {
-        let us = self.base_us
-            + self.prefill_us_per_token * f64::from(load.prefill_tokens)
-            + self.decode_us_per_seq * f64::from(load.decodes);
-        Duration::from_secs_f64(us / 1e6)
-    }
-}
 
 /// Monotonic time, comparable with other processes on this machine.
 #[derive(Debug, Clone, Copy)]

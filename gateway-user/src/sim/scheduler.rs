@@ -39,6 +39,8 @@ pub struct StepLoad {
     pub prefill_tokens: u32,
     /// Sequences that decode.
     pub decodes: u32,
+    /// Tokens that these have in the KV cache, which decoding reads.
+    pub context_tokens: u64,
 }
 
 /// All sequences, and everything counted about them.
@@ -193,10 +195,10 @@ impl Scheduler {
         }
         seq.scheduled = chunk;
         *budget -= chunk;
-        match seq.generated > 0 && chunk == 1 {
-            true => load.decodes += 1,
-            false => load.prefill_tokens += chunk,
-        }
+        let of_seq = seq.load();
+        load.prefill_tokens += of_seq.prefill_tokens;
+        load.decodes += of_seq.decodes;
+        load.context_tokens += of_seq.context_tokens;
         true
     }
 
@@ -256,6 +258,13 @@ impl Scheduler {
         {
             request.first.scheduled_ns = now_ns;
         }
+    }
+
+    /// What the planned step has to do for each request, by its id. A request with several choices comes once for each that is in the step.
+    pub fn planned(&self) -> impl Iterator<Item = (u64, StepLoad)> {
+        let seqs = self.running.iter().filter_map(|slot| self.seqs[*slot].as_ref());
+        seqs.filter(|seq| seq.scheduled > 0)
+            .map(|seq| (seq.request, seq.load()))
     }
 
     /// Ends the step: tokens come out, are counted, and are reported.

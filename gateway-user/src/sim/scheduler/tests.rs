@@ -3,9 +3,9 @@ use std::task::{Context, Poll, Waker};
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::progress::{Finish, Progress};
-use crate::engine::sequence::SeqSpec;
-use crate::tokens::Prompt;
+use crate::sim::progress::{Finish, Progress};
+use crate::sim::sequence::SeqSpec;
+use crate::sim::tokens::Prompt;
 
 const LIMITS: Limits = Limits {
     max_num_seqs: 8,
@@ -18,7 +18,7 @@ const LIMITS: Limits = Limits {
 
 fn prompt(tokens: usize, salt: u64) -> Arc<Prompt> {
     Arc::new(Prompt::new(
-        &vec![b'x'; tokens * crate::tokens::TOKEN_BYTES],
+        &vec![b'x'; tokens * crate::sim::tokens::TOKEN_BYTES],
         salt,
         LIMITS.block_size,
     ))
@@ -70,6 +70,26 @@ impl Bench {
         self.now_ns += 1_000_000;
         self.scheduler.commit(self.now_ns);
         Some(load)
+    }
+
+    /// One step, of which the requests' parts make up the whole.
+    fn step_by_request(&mut self) -> Option<StepLoad> {
+        let whole = self.scheduler.plan(self.now_ns)?;
+        let parts = self.scheduler.planned().map(|(_, load)| load);
+        let sum = parts.fold(StepLoad::default(), |sum, part| StepLoad {
+            prefill_tokens: sum.prefill_tokens + part.prefill_tokens,
+            decodes: sum.decodes + part.decodes,
+            context_tokens: sum.context_tokens + part.context_tokens,
+        });
+        assert_eq!(sum, whole);
+        self.now_ns += 1_000_000;
+        self.scheduler.commit(self.now_ns);
+        Some(whole)
+    }
+
+    /// One step: the prompt tokens that it computed, and who decoded.
+    fn work(&mut self) -> Option<(u32, u32)> {
+        self.step().map(|load| (load.prefill_tokens, load.decodes))
     }
 
     /// Steps until nothing is left to do.
@@ -182,43 +202,30 @@ fn decodes_go_before_a_long_prompts_chunks_within_the_budget() {
         ..LIMITS
     });
     bench.submit(1, vec![spec(&prompt(4, 1), 20)], 1, None);
-    assert_eq!(
-        bench.step(),
-        Some(StepLoad {
-            prefill_tokens: 4,
-            decodes: 0
-        })
-    );
+    assert_eq!(bench.work(), Some((4, 0)));
     bench.submit(2, vec![spec(&prompt(25, 2), 2)], 1, None);
     for _ in 0..2 {
-        assert_eq!(
-            bench.step(),
-            Some(StepLoad {
-                prefill_tokens: 9,
-                decodes: 1
-            })
-        );
+        assert_eq!(bench.work(), Some((9, 1)));
     }
     assert_eq!(
         bench.scheduler.stats().prompt_tokens,
         4,
         "a prompt counts when its last chunk is done"
     );
-    assert_eq!(
-        bench.step(),
-        Some(StepLoad {
-            prefill_tokens: 7,
-            decodes: 1
-        })
-    );
+    assert_eq!(bench.work(), Some((7, 1)));
     assert_eq!(bench.scheduler.stats().prompt_tokens, 29);
-    assert_eq!(
-        bench.step(),
-        Some(StepLoad {
-            prefill_tokens: 0,
-            decodes: 2
-        })
-    );
+    assert_eq!(bench.work(), Some((0, 2)));
+}
+
+#[test]
+fn who_decodes_reads_all_that_it_has_so_far() {
+    let mut bench = Bench::new(LIMITS);
+    bench.submit(1, vec![spec(&prompt(10, 1), 3)], 1, None);
+    bench.submit(2, vec![spec(&prompt(20, 2), 3)], 1, None);
+    let read: Vec<u64> = std::iter::from_fn(|| bench.step_by_request())
+        .map(|load| load.context_tokens)
+        .collect();
+    assert_eq!(read, [0, 11 + 21, 12 + 22]);
 }
 
 #[test]
