@@ -245,7 +245,7 @@ async fn a_token_shows_what_it_is_for_and_nothing_else() {
         for (fields, kind) in [
             (LOCAL, "token_missing"),
             (&*bearer("red-secre"), "token_unknown"),
-            (&*bearer(""), "token_unknown"),
+            (&*bearer(""), "token_missing"),
             (
                 "Host: a\r\nAuthorization: Basic b3BzLXNlY3JldA==\r\n",
                 "token_missing",
