@@ -121,7 +121,7 @@ impl View {
     pub fn teams(&self, show: &Show) -> Teams {
         Teams {
             head: head(show),
-            window_s: WINDOW_S as u64,
+            window_s: self.window_s(),
             teams: self.team_rows(show),
         }
     }
@@ -155,12 +155,17 @@ impl View {
         Snapshot {
             head: head(show),
             gateway: self.gateway_row(),
-            window_s: WINDOW_S as u64,
+            window_s: self.window_s(),
             teams: self.team_rows(show),
             upstreams: self.upstream_rows(show),
             requests: self.request_rows(show, after, REQUESTS_MAX),
             reconciliation: (*show == Show::All).then(|| self.reconciliation_now()),
         }
+    }
+
+    /// What rates are of: the window, or the time since the start while that is less.
+    fn window_s(&self) -> u64 {
+        (clock::now().micros_since(self.started) / 1_000_000).clamp(1, WINDOW_S as u64)
     }
 
     fn gateway_row(&self) -> GatewayRow {
@@ -181,7 +186,7 @@ impl View {
     }
 
     fn team_rows(&self, show: &Show) -> Vec<TeamRow> {
-        let now = clock::now();
+        let (now, window_s) = (clock::now(), self.window_s());
         let live = &self.live;
         let in_flight = live.metrics.inflight_by_team();
         let teams: BTreeMap<Box<str>, Arc<Mutex<Team>>> = {
@@ -195,7 +200,12 @@ impl View {
             .iter()
             .map(|(name, team)| TeamRow {
                 in_flight: in_flight.get(&**name).copied().unwrap_or(0),
-                ..team_row(name, &team.lock().unwrap_or_else(PoisonError::into_inner), now)
+                ..team_row(
+                    name,
+                    &team.lock().unwrap_or_else(PoisonError::into_inner),
+                    now,
+                    window_s,
+                )
             })
             .collect();
         // A team whose first request still runs has nothing else to show.
@@ -294,11 +304,11 @@ fn may_see(show: &Show, team: &str) -> bool {
     }
 }
 
-fn team_row(name: &str, team: &Team, now: At) -> TeamRow {
+fn team_row(name: &str, team: &Team, now: At, window_s: u64) -> TeamRow {
     let view = team.window.view(now);
     let (minute, totals) = (view.counts, &team.totals);
-    let per_second = |count: u64| rounded(count as f64 / WINDOW_S as f64);
-    let usd_per_nano = 1e-9 * 3_600.0 / WINDOW_S as f64;
+    let per_second = |count: u64| rounded(count as f64 / window_s as f64);
+    let usd_per_nano = 1e-9 * 3_600.0 / window_s as f64;
     TeamRow {
         team: name.to_owned(),
         in_flight: 0,

@@ -43,7 +43,7 @@ function usd(value) {
   if (value === 0) return "0";
   if (value >= 100) return grouped(value);
   if (value >= 0.995) return value.toFixed(2);
-  return value >= 0.0001 ? value.toPrecision(2) : "<" + thin + "0.0001";
+  return value >= 0.000001 ? value.toPrecision(2) : "<" + thin + "0.000001";
 }
 
 function percent(share) {
