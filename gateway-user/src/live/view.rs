@@ -103,12 +103,16 @@ impl View {
 
     fn look(&self) {
         for (upstream, busy) in self.shared.upstreams.iter().zip(&self.busy) {
-            let is_busy = upstream.inflight() > 0 || self.runs(upstream);
+            // What passes through is known at once; of what does not, only the last scrape tells.
+            let is_busy = match self.clients {
+                Some(_) => upstream.inflight() > 0,
+                None => self.runs(upstream),
+            };
             busy.lock().unwrap_or_else(PoisonError::into_inner).add(is_busy);
         }
     }
 
-    /// Whether the engine said at the last scrape that requests ran, be they of this gateway or not.
+    /// Whether the engine said at the last scrape that requests ran.
     fn runs(&self, upstream: &Upstream) -> bool {
         let engine = self.live.engines.state(upstream.name());
         engine.ok

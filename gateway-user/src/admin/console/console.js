@@ -308,7 +308,7 @@ const upstreamTable = new Table("upstream-table", [
   { key: "running", label: "Running", title: "Requests in the engine’s batch, as it said at the last scrape", show: (u) => whole(u.running) },
   { key: "waiting", label: "Waiting", title: "Requests in the engine’s queue", show: (u) => whole(u.waiting), mark: (u) => (u.waiting > 0 ? "warn" : "") },
   { key: "kv", label: "KV cache", className: "text", kind: meter, fills: "bad", show: (u) => u.kv_cache_usage },
-  { key: "busy", label: "Busy", className: "text narrow", kind: meter, title: "Share of the last minute in which it had a request", show: (u) => u.busy_share },
+  { key: "busy", label: "Busy", className: "text narrow", kind: meter, title: "Share of the last minute in which it had a request of this gateway", show: (u) => u.busy_share },
   { key: "in_flight", label: "In flight", className: "narrow", title: "Requests of this gateway", show: (u) => whole(u.in_flight) },
   { key: "age", label: "Read", className: "mid", title: "How long ago the engine’s own metrics were read", show: (u) => (u.scrape_age_s === null ? "–" : u.scrape_ok ? span(u.scrape_age_s) + " ago" : "no answer"), mark: (u) => (u.scrape_ok === false ? "bad" : "zero") },
 ]);
