@@ -103,6 +103,11 @@ impl Gateway {
         })
     }
 
+    /// The registry of metrics.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
     /// Shows a store's numbers too.
     ///
     /// # Errors

@@ -99,8 +99,6 @@ impl Live {
         };
         let engine_prompt = tokens(event.engine_prompt_tokens);
         let engine_completion = tokens(event.engine_completion_tokens);
-        self.engines
-            .attribute(&event.upstream, engine_prompt, engine_completion);
         let team = self.team(self.metrics.team_label(event));
         {
             let mut team = team.lock().unwrap_or_else(PoisonError::into_inner);

@@ -165,7 +165,7 @@ pub struct Reconciliation {
     pub store: Option<StoreRow>,
 }
 
-/// An engine's tokens, and those of known requests in the same time.
+/// An engine's tokens, and those of known requests in the same time: what the metrics of the reconciliation say.
 #[derive(Clone, Debug, Serialize)]
 #[allow(
     missing_docs,
@@ -177,6 +177,10 @@ pub struct EngineRow {
     pub engine_completion_tokens: u64,
     pub attributed_prompt_tokens: u64,
     pub attributed_completion_tokens: u64,
+    pub gap_prompt_tokens: u64,
+    pub gap_completion_tokens: u64,
+    pub gap_exceeded: bool,
+    pub likely_causes: Vec<&'static str>,
 }
 
 /// What the kernel probe saw.

@@ -253,13 +253,17 @@ impl View {
 
     fn reconciliation_now(&self) -> Reconciliation {
         let engines = self.shared.upstreams.iter().map(|upstream| {
-            let compared = self.live.engines.state(upstream.name()).compared;
+            let figures = self.live.metrics.reconciliation(upstream.name()).figures();
             EngineRow {
                 upstream: upstream.name().to_owned(),
-                engine_prompt_tokens: compared.engine_prompt_tokens,
-                engine_completion_tokens: compared.engine_completion_tokens,
-                attributed_prompt_tokens: compared.attributed_prompt_tokens,
-                attributed_completion_tokens: compared.attributed_completion_tokens,
+                engine_prompt_tokens: figures.engine.prompt_tokens,
+                engine_completion_tokens: figures.engine.completion_tokens,
+                attributed_prompt_tokens: figures.attributed.prompt_tokens,
+                attributed_completion_tokens: figures.attributed.completion_tokens,
+                gap_prompt_tokens: figures.gap.prompt_tokens,
+                gap_completion_tokens: figures.gap.completion_tokens,
+                gap_exceeded: figures.is_exceeded,
+                likely_causes: figures.causes,
             }
         });
         Reconciliation {

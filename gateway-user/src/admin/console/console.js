@@ -327,23 +327,17 @@ const requestTable = new Table("request-table", [
   { key: "phases", label: "Phases", className: "text phase-cell", kind: phases, show: (row) => row },
 ]);
 
-const gap = (engine, attributed) => engine - attributed;
-
-function gapText(engine, attributed) {
-  const difference = gap(engine, attributed);
-  const share = engine > 0 ? Math.abs(difference) / engine : 0;
-  const sign = difference > 0 ? "+" : difference < 0 ? "−" : "";
-  return sign + grouped(Math.abs(difference)) + (share >= 0.0005 ? ` (${percent(share)})` : "");
-}
+const causeText = (cause) => cause.replace(/_/g, " ");
 
 const engineTable = new Table("engine-table", [
   { key: "upstream", label: "Tokens of", className: "text", isName: true, show: (e) => e.upstream },
   { key: "prompt", label: "Prompt: engine", className: "narrow", show: (e) => whole(e.engine_prompt_tokens) },
   { key: "prompt_known", label: "attributed", className: "mid", show: (e) => whole(e.attributed_prompt_tokens) },
-  { key: "prompt_gap", label: "prompt gap", title: "Engine’s count less that of known requests", show: (e) => gapText(e.engine_prompt_tokens, e.attributed_prompt_tokens) },
+  { key: "prompt_gap", label: "prompt gap", title: "Counted by the engine and used by no known request, of late", show: (e) => whole(e.gap_prompt_tokens), mark: (e) => (e.gap_exceeded ? "bad" : "") },
   { key: "completion", label: "Completion: engine", className: "narrow", show: (e) => whole(e.engine_completion_tokens) },
   { key: "completion_known", label: "attributed", className: "mid", show: (e) => whole(e.attributed_completion_tokens) },
-  { key: "completion_gap", label: "completion gap", title: "Engine’s count less that of known requests", show: (e) => gapText(e.engine_completion_tokens, e.attributed_completion_tokens) },
+  { key: "completion_gap", label: "completion gap", title: "Counted by the engine and used by no known request, of late", show: (e) => whole(e.gap_completion_tokens), mark: (e) => (e.gap_exceeded ? "bad" : "") },
+  { key: "verdict", label: "Adds up", className: "text narrow", show: (e) => (!e.gap_exceeded ? "✓ yes" : "✕ " + (e.likely_causes.map(causeText).join(", ") || "no")), mark: (e) => (e.gap_exceeded ? "bad" : "good") },
 ]);
 
 // ---- lists of terms
@@ -409,6 +403,11 @@ function troubles(snapshot) {
     if (books.store.dropped_rows) found.push(["bad", `${whole(books.store.dropped_rows)} rows were lost`]);
     if (books.store.quarantined_rows) found.push(["bad", `${whole(books.store.quarantined_rows)} rows were refused by ClickHouse`]);
     if (books.store.oldest_age_s > 60) found.push(["warn", `rows wait for ClickHouse since ${span(books.store.oldest_age_s)}`]);
+  }
+  for (const engine of books ? books.engines : []) {
+    if (!engine.gap_exceeded) continue;
+    const causes = engine.likely_causes.map(causeText).join(", ");
+    found.push(["warn", `tokens of ${engine.upstream} belong to no known request${causes ? ": " + causes : ""}`]);
   }
   if (books && books.tap) {
     if (!books.tap.is_in_place) found.push(["warn", "the kernel probe is not where the servers are"]);
