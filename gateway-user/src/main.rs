@@ -3,7 +3,7 @@
 use anyhow::Context;
 use clap::Parser;
 use std::ffi::OsString;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{self, ExitCode};
 use tokio::runtime;
@@ -81,7 +81,8 @@ fn try_out(arguments: &TryArgs) -> anyhow::Result<ExitCode> {
     serve(config, |gateway| {
         let admin = gateway.admin_addr();
         if let Some(clients) = gateway.client_addr() {
-            println!("{}", trial::welcome(&found, clients, admin));
+            // Whoever has stopped reading has read enough; the gateway goes on.
+            let _ = writeln!(io::stdout(), "{}", trial::welcome(&found, clients, admin));
         }
         tracing::info!(
             "requests without a team are taken for one named after their API key; nothing is stored"
