@@ -13,6 +13,7 @@ use crate::config::{Config, ConfigError, EXIT_CONFIG, Env, effective_yaml};
 use crate::doctor::DoctorArgs;
 use crate::report::ReportArgs;
 use crate::store::embedded::EmbeddedArgs;
+use crate::trial::TryArgs;
 
 /// The file that is read when none is named and it exists.
 pub const CONFIG_FILE: &str = "config.yaml";
@@ -31,6 +32,8 @@ pub struct Cli {
 pub enum Command {
     /// Serve requests until SIGTERM or SIGINT, then let those that run come to their end.
     Run(ConfigSource),
+    /// Serve requests before a vLLM that runs already, and show them live: nothing to configure, nothing kept.
+    Try(TryArgs),
     /// Say what is wrong with the config (exit code 78), or print what is in force, secrets masked.
     CheckConfig(ConfigSource),
     /// Print what each team used and how it was served, from the rows in ClickHouse.

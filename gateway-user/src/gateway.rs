@@ -2,13 +2,16 @@
 
 use crate::admin::{AdminServer, Readiness, State};
 use crate::books::{Books, Outlets};
+use crate::config::TokenScope;
 use crate::config::{Capture, Config, RuntimeKind};
 use crate::correlate::Beside;
 use crate::event::{EventSink, Sinks};
+use crate::live::{Live, View};
 use crate::metrics::{Limits, Metrics, MetricsError};
 use crate::net::{self, BindError};
 use crate::proxy::{Shared, Worker, accept, health};
 use crate::reconcile::{Bounds, Reconciler};
+use crate::store::service::StoreCounts;
 use crate::tap::agent::{Agent, Source};
 use crate::vllm::{SampleSink, scrape::Scraper};
 use std::future::Future;
@@ -40,6 +43,7 @@ pub struct Gateway {
     listeners: Vec<TcpListener>,
     admin: AdminServer,
     readiness: Readiness,
+    view: Arc<View>,
     samples: Vec<Arc<dyn SampleSink>>,
     tap: Option<Arc<Agent>>,
 }
@@ -66,22 +70,35 @@ impl Gateway {
             (Capture::Auto, None) => Capture::Proxy,
             (capture, _) => capture,
         });
-        let readiness = Readiness::default();
-        let admin = AdminServer::bind(config.admin.listen, metrics.clone(), readiness.clone())?;
-        let own: Arc<dyn EventSink> = Arc::new(metrics.clone());
-        let books = Books::new(&config, Sinks::new([own].into_iter().chain(outlets.events)));
+        let live = Arc::new(live(&config, &metrics));
+        // The live state takes its labels from the metrics, which must have seen an event by then.
+        let own: [Arc<dyn EventSink>; 2] = [Arc::new(metrics.clone()), Arc::clone(&live) as _];
+        let books = Books::new(&config, Sinks::new(own.into_iter().chain(outlets.events)));
         let tap = source.map(|source| Arc::new(Agent::new(&config, source, &books, outlets.timings)));
         if let Some(tap) = &tap {
             metrics.show_tap(Arc::downgrade(tap))?;
         }
         let waits = Arc::clone(&books.waits) as Arc<dyn SampleSink>;
         let beside = tap.clone().map(|tap| tap as Arc<dyn Beside>);
+        let own_samples = [waits, Arc::clone(&live) as _];
+        let shared = Shared::new(config, metrics.clone(), books, beside);
+        let clients = listeners.first().and_then(|listener| listener.local_addr().ok());
+        let seen_by_tap = tap.as_ref().map(Arc::downgrade);
+        let view = Arc::new(View::new(live, Arc::clone(&shared), clients, seen_by_tap));
+        let readiness = Readiness::default();
+        let admin = AdminServer::bind(
+            &shared.config.admin,
+            metrics,
+            readiness.clone(),
+            Arc::clone(&view),
+        )?;
         Ok(Gateway {
-            shared: Shared::new(config, metrics, books, beside),
+            shared,
             listeners,
             admin,
             readiness,
-            samples: [waits].into_iter().chain(outlets.samples).collect(),
+            view,
+            samples: own_samples.into_iter().chain(outlets.samples).collect(),
             tap,
         })
     }
@@ -89,6 +106,15 @@ impl Gateway {
     /// The registry of metrics.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics
+    }
+
+    /// Shows a store's numbers too.
+    ///
+    /// # Errors
+    /// When they are shown already, which is a defect of this program.
+    pub fn show_store(&self, counts: StoreCounts) -> Result<(), MetricsError> {
+        self.view.show_store(counts.clone());
+        self.shared.metrics.show_store(counts)
     }
 
     /// Where clients connect, if there is a proxy.
@@ -130,6 +156,7 @@ impl Gateway {
             listeners,
             admin,
             readiness,
+            view,
             samples,
             tap,
         } = self;
@@ -137,6 +164,7 @@ impl Gateway {
         let (admin_end, admin_ended) = watch::channel(false);
         let admin = tokio::spawn(admin.run(admin_ended));
         let mut checks = tokio::task::JoinSet::new();
+        checks.spawn(view.watch());
         for upstream in shared.upstreams.iter() {
             checks.spawn(health::watch(Arc::clone(&shared), Arc::clone(upstream)));
             let metrics = shared.metrics.scrape(upstream.name());
@@ -181,6 +209,16 @@ impl Gateway {
         }
         Ok(cut_off)
     }
+}
+
+/// The live state of a gateway with this configuration.
+fn live(config: &Config, metrics: &Metrics) -> Live {
+    let upstreams = config.upstreams.iter().map(|upstream| upstream.name.as_str());
+    let teams = config.admin.tokens.iter().filter_map(|token| match &token.scope {
+        TokenScope::Team(team) => Some(team.as_str()),
+        TokenScope::Admin => None,
+    });
+    Live::new(metrics.clone(), upstreams, teams)
 }
 
 /// Binds the address for clients, once for each worker that has a listener of its own. None without a proxy.

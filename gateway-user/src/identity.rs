@@ -8,6 +8,7 @@
 //! What it leaves out: whether the client tells the truth. Headers are believed or, with `trust_headers: false`, not
 //! looked at; keys and tokens have no part in it yet.
 
+use std::hash::{BuildHasher, RandomState};
 use std::{fmt, sync::Arc};
 
 use crate::config::{HeaderName, IdentityConfig};
@@ -80,6 +81,25 @@ pub struct Identity {
     pub user: Option<UserId>,
 }
 
+/// What becomes of a request that names no team.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WithoutTeam {
+    /// It is refused: a bill needs somebody to send it to.
+    #[default]
+    Refuse,
+    /// It is taken for a team that is named after its API key, for a first look at traffic whose clients know of no teams.
+    NameByKey,
+}
+
+/// The team of a request without a key.
+pub const UNNAMED: &str = "unnamed";
+
+/// Headers that carry an API key, and what stands before it.
+const KEY_HEADERS: [(&str, &str); 2] = [("authorization", "Bearer "), ("x-api-key", "")];
+
+/// What vLLM's documentation tells clients to send that must send something. It tells nobody from anybody.
+const NO_KEY: &str = "EMPTY";
+
 /// The rules by which requests are identified. Built once from the config, then shared.
 #[derive(Clone, Debug)]
 pub struct IdentityRules {
@@ -87,6 +107,9 @@ pub struct IdentityRules {
     project: HeaderName,
     user: HeaderName,
     trust_headers: bool,
+    without_team: WithoutTeam,
+    /// Its seed is this process's own, so that the name of a key tells nothing about the key.
+    names: RandomState,
 }
 
 impl IdentityRules {
@@ -97,6 +120,8 @@ impl IdentityRules {
             project: config.project_header.clone(),
             user: config.user_header.clone(),
             trust_headers: config.trust_headers,
+            without_team: config.without_team,
+            names: RandomState::new(),
         }
     }
 
@@ -111,8 +136,12 @@ impl IdentityRules {
     ) -> Result<Identity, IdentityError> {
         let configured = [&self.team, &self.project, &self.user];
         let mut values: [Option<&[u8]>; 3] = [None; 3];
+        let mut key = None;
         let believed = headers.into_iter().filter(|_| self.trust_headers);
         for (name, value) in believed {
+            if self.without_team == WithoutTeam::NameByKey {
+                key = key.or_else(|| key_in(name, value));
+            }
             let Some(which) = configured.iter().position(|header| is_named(header, name)) else {
                 continue;
             };
@@ -123,11 +152,17 @@ impl IdentityRules {
             }
         }
         let [team, project, user] = values;
-        let team = team.ok_or_else(|| IdentityError::MissingTeam {
-            header: self.team.clone(),
-        })?;
+        let team = match (team, self.without_team) {
+            (Some(team), _) => named(&self.team, client_team(team))?,
+            (None, WithoutTeam::NameByKey) => self.team_of_key(key),
+            (None, WithoutTeam::Refuse) => {
+                return Err(IdentityError::MissingTeam {
+                    header: self.team.clone(),
+                });
+            }
+        };
         Ok(Identity {
-            team: named(&self.team, client_team(team))?,
+            team,
             project: optional(project)
                 .map(|value| named(&self.project, Project::parse(value)))
                 .transpose()?,
@@ -135,6 +170,14 @@ impl IdentityRules {
                 .map(|value| named(&self.user, UserId::parse(value)))
                 .transpose()?,
         })
+    }
+
+    fn team_of_key(&self, key: Option<&[u8]>) -> TeamId {
+        match key {
+            // Six digits tell some thousand keys apart.
+            Some(key) => TeamId(format!("key-{:06x}", self.names.hash_one(key) & 0xff_ffff).into()),
+            None => TeamId(UNNAMED.into()),
+        }
     }
 
     /// Whether a header is one of the three, for taking them out before the upstream sees the request. That holds for
@@ -214,6 +257,16 @@ pub enum ValueError {
         /// The value, cut.
         quoted: String,
     },
+}
+
+/// The API key, if that is what the header carries.
+fn key_in<'h>(name: &str, value: &'h [u8]) -> Option<&'h [u8]> {
+    let (_, scheme) = KEY_HEADERS
+        .iter()
+        .find(|(header, _)| header.eq_ignore_ascii_case(name))?;
+    let (before, key) = value.split_at_checked(scheme.len())?;
+    let is_key = before.eq_ignore_ascii_case(scheme.as_bytes()) && !key.is_empty();
+    (is_key && key != NO_KEY.as_bytes()).then_some(key)
 }
 
 /// A team as a client, or the config, may name it.
@@ -403,6 +456,39 @@ mod tests {
         let error = rules.identify([("X-Team-ID", &b"search"[..])]).unwrap_err();
         assert!(matches!(error, IdentityError::MissingTeam { .. }), "{error}");
         assert!(rules.is_identity_header("x-team-id"));
+    }
+
+    #[test]
+    fn a_first_look_names_requests_by_their_key_and_believes_a_team() {
+        let rules = IdentityRules::new(&IdentityConfig {
+            without_team: WithoutTeam::NameByKey,
+            ..IdentityConfig::default()
+        });
+        let team = |headers: &[(&str, &str)]| {
+            let headers = headers.iter().map(|(name, value)| (*name, value.as_bytes()));
+            rules.identify(headers).unwrap().team.to_string()
+        };
+        assert_eq!(team(&[]), "unnamed");
+        assert_eq!(team(&[("Authorization", "Bearer EMPTY")]), "unnamed");
+        assert_eq!(team(&[("Authorization", "Basic abc")]), "unnamed");
+        let named = team(&[("Authorization", "Bearer sk-secret")]);
+        assert!(named.starts_with("key-") && named.len() == 10, "{named}");
+        assert_eq!(
+            team(&[("x-api-key", "sk-secret")]),
+            named,
+            "one key, whatever the client library"
+        );
+        assert_ne!(team(&[("authorization", "bearer sk-other")]), named);
+        assert_eq!(
+            team(&[("Authorization", "Bearer sk-secret"), ("X-Team-ID", "search")]),
+            "search"
+        );
+        let others = IdentityRules::new(&IdentityConfig {
+            without_team: WithoutTeam::NameByKey,
+            ..IdentityConfig::default()
+        });
+        let again = others.identify([("x-api-key", &b"sk-secret"[..])]).unwrap();
+        assert_ne!(again.team.as_str(), named, "the next process has other names");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use anyhow::Context;
 use clap::Parser;
 use std::ffi::OsString;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{self, ExitCode};
 use tokio::runtime;
@@ -15,11 +15,13 @@ use vllm_gateway::config::{Config, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::gateway::{self, Gateway};
 use vllm_gateway::store::embedded;
 use vllm_gateway::store::service::StoreService;
+use vllm_gateway::trial::{self, TryArgs};
 use vllm_gateway::{calibrate, descriptors, doctor, report, tap};
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
         Command::Run(source) => run(&source),
+        Command::Try(arguments) => try_out(&arguments),
         Command::CheckConfig(source) => {
             let code = cli::check_config(&source, &environment, &mut io::stdout(), &mut io::stderr())?;
             Ok(ExitCode::from(code))
@@ -61,13 +63,35 @@ fn wait_for(command: impl Future<Output = io::Result<u8>>) -> anyhow::Result<Exi
 }
 
 fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
-    let mut config = match source.load(&environment) {
-        Ok(config) => config,
+    match source.load(&environment) {
+        Ok(config) => serve(config, |_| {}),
         Err(error) => {
             eprintln!("{error}");
-            return Ok(ExitCode::from(EXIT_CONFIG));
+            Ok(ExitCode::from(EXIT_CONFIG))
         }
-    };
+    }
+}
+
+fn try_out(arguments: &TryArgs) -> anyhow::Result<ExitCode> {
+    let config = arguments.config()?;
+    arguments.check_addresses()?;
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    let found = runtime.block_on(arguments.look(environment))?;
+    drop(runtime);
+    serve(config, |gateway| {
+        let admin = gateway.admin_addr();
+        if let Some(clients) = gateway.client_addr() {
+            // Whoever has stopped reading has read enough; the gateway goes on.
+            let _ = writeln!(io::stdout(), "{}", trial::welcome(&found, clients, admin));
+        }
+        tracing::info!(
+            "requests without a team are taken for one named after their API key; nothing is stored"
+        );
+    })
+}
+
+/// Runs a gateway with this configuration; `up` is told once it takes connections.
+fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCode> {
     start_log(&config.log);
     let listeners = gateway::bind_for_clients(&config)?;
     let program = std::env::current_exe().context("the program's own file is not known")?;
@@ -94,7 +118,7 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
     let capture = config.capture;
     let gateway = Gateway::build(config, listeners, outlets, source)?;
     if let Some(store) = &store {
-        gateway.metrics().show_store(store.counts())?;
+        gateway.show_store(store.counts())?;
     }
     if let Some(bookkeeper) = &bookkeeper {
         gateway.metrics().show_ledger(bookkeeper.stats())?;
@@ -104,6 +128,7 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
     gateway.runtime()?.block_on(async {
         let stop = stop_signal()?;
         tracing::info!(%capture, clients, %admin, upstreams = upstreams.join(", "), "gateway is up");
+        up(&gateway);
         let storing = store.map(|store| store.start(program, environment));
         let bookkeeping = bookkeeper.map(Bookkeeper::start);
         let cut_off = gateway.run(stop).await?;

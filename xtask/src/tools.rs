@@ -24,7 +24,7 @@ pub struct Tool {
 }
 
 /// What the tests call.
-pub const FOR_TESTS: [Tool; 3] = [
+pub const FOR_TESTS: [Tool; 4] = [
     Tool {
         name: "promtool",
         probe: &["promtool", "--version"],
@@ -45,7 +45,14 @@ pub const FOR_TESTS: [Tool; 3] = [
         probe: &["python3", "-c", "import venv, ensurepip"],
         debian_package: "python3-venv",
         brew_formula: "python3",
-        needed_by: "the tests with the real OpenAI client",
+        needed_by: "the tests with the real OpenAI client, and those of the console",
+    },
+    Tool {
+        name: "chromium",
+        probe: &["chromium", "--version"],
+        debian_package: "chromium",
+        brew_formula: "chromium",
+        needed_by: "the test of the console in a browser",
     },
 ];
 

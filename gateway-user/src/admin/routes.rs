@@ -1,12 +1,16 @@
 //! What the admin server answers.
 
+use super::access::{Access, Denied};
+use super::answer::{Answer, denied, document, error, not_allowed, not_found, respond};
+use super::page;
 use super::readiness::{Readiness, State};
+use super::stream::Streams;
+use crate::live::{REQUESTS_MAX, Show, View};
 use crate::metrics::{CONTENT_TYPE, Metrics};
 use bytes::Bytes;
-use http_body_util::Full;
-use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE as CONTENT_TYPE_HEADER, HeaderValue, RETRY_AFTER};
-use hyper::{Method, Request, Response, StatusCode};
-use serde_json::{Value, json};
+use hyper::header::{HeaderValue, RETRY_AFTER};
+use hyper::{Method, Request, StatusCode};
+use serde_json::json;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -17,50 +21,122 @@ const SCRAPES_MAX: usize = 4;
 /// How long a scrape waits for one of those to end. Less than the 10 s after which Prometheus gives up, so that it learns why.
 const SCRAPE_WAIT: Duration = Duration::from_secs(5);
 
-/// A response, whole.
-pub(super) type Answer = Response<Full<Bytes>>;
-
 /// What the routes answer from.
 pub(super) struct Routes {
-    metrics: Metrics,
-    readiness: Readiness,
-    started: Instant,
-    scrapes: Arc<Semaphore>,
+    pub(super) metrics: Metrics,
+    pub(super) readiness: Readiness,
+    pub(super) view: Arc<View>,
+    pub(super) access: Access,
+    pub(super) started: Instant,
+    pub(super) scrapes: Arc<Semaphore>,
+}
+
+/// What a path means.
+#[derive(Clone, Copy, Debug)]
+enum Page {
+    Metrics,
+    Health,
+    Ready,
+    Console,
+    Teams,
+    Upstreams,
+    Requests,
+    Reconciliation,
+    Live,
+}
+
+impl Page {
+    fn at(path: &str) -> Option<Page> {
+        Some(match path {
+            "/metrics" => Page::Metrics,
+            "/health" => Page::Health,
+            "/ready" => Page::Ready,
+            "/api/teams" => Page::Teams,
+            "/api/upstreams" => Page::Upstreams,
+            "/api/requests" => Page::Requests,
+            "/api/reconciliation" => Page::Reconciliation,
+            "/api/live" => Page::Live,
+            _ if page::file(path).is_some() => Page::Console,
+            _ => return None,
+        })
+    }
 }
 
 impl Routes {
-    pub(super) fn new(metrics: Metrics, readiness: Readiness) -> Routes {
-        let scrapes = Arc::new(Semaphore::new(SCRAPES_MAX));
+    pub(super) fn new(metrics: Metrics, readiness: Readiness, view: Arc<View>, access: Access) -> Routes {
         Routes {
             metrics,
             readiness,
+            view,
+            access,
             started: Instant::now(),
-            scrapes,
+            scrapes: Arc::new(Semaphore::new(SCRAPES_MAX)),
         }
     }
 
     /// The answer to a request; that to `HEAD` is cut to its head by the server.
-    pub(super) async fn answer<B>(&self, request: Request<B>) -> Answer {
-        let path = request.uri().path();
-        if !["/metrics", "/health", "/ready"].contains(&path) {
-            let message = "no such page here; there are /metrics, /health and /ready";
-            return error(StatusCode::NOT_FOUND, "not_found", message);
-        }
+    pub(super) async fn answer<B>(&self, request: Request<B>, streams: &Streams) -> Answer {
+        let Some(page) = Page::at(request.uri().path()) else {
+            return not_found();
+        };
         if ![Method::GET, Method::HEAD].contains(request.method()) {
-            let mut answer = error(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "method_not_allowed",
-                "this page is only there to be read: GET or HEAD",
-            );
-            answer
-                .headers_mut()
-                .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-            return answer;
+            return not_allowed();
         }
-        match path {
-            "/metrics" => self.metrics().await,
-            "/health" => self.health(),
-            _ => self.ready(),
+        self.page(page, &request, streams)
+            .await
+            .unwrap_or_else(|why| denied(&why))
+    }
+
+    async fn page<B>(&self, page: Page, request: &Request<B>, streams: &Streams) -> Result<Answer, Denied> {
+        let headers = request.headers();
+        let figures = || self.access.to_figures(headers);
+        Ok(match page {
+            Page::Health => self.health(),
+            Page::Ready => self.ready(),
+            Page::Metrics => {
+                self.access.to_metrics(headers)?;
+                self.metrics().await
+            }
+            Page::Console => {
+                self.access.page(headers)?;
+                page::file(request.uri().path()).unwrap_or_else(not_found)
+            }
+            Page::Teams => document(StatusCode::OK, &self.view.teams(&figures()?)),
+            Page::Upstreams => document(StatusCode::OK, &self.view.upstreams(&figures()?)),
+            Page::Requests => self.requests(&figures()?, request.uri().query()),
+            Page::Reconciliation => {
+                self.access.to_all(headers)?;
+                document(StatusCode::OK, &self.view.reconciliation())
+            }
+            Page::Live => {
+                let show = figures()?;
+                // A stream that is only asked for its head has no end that the server could wait for.
+                if request.method() == Method::HEAD {
+                    return Ok(respond(StatusCode::OK, "text/event-stream", Bytes::new()));
+                }
+                streams.open(&self.view, show)
+            }
+        })
+    }
+
+    fn requests(&self, show: &Show, query: Option<&str>) -> Answer {
+        let limit = query
+            .unwrap_or_default()
+            .split('&')
+            .find_map(|pair| pair.strip_prefix("limit="));
+        let Some(limit) = limit else {
+            return document(StatusCode::OK, &self.view.requests(show, REQUESTS_MAX));
+        };
+        let rows_max = limit
+            .parse()
+            .ok()
+            .filter(|rows| (1..=REQUESTS_MAX).contains(rows));
+        match rows_max {
+            Some(rows_max) => document(StatusCode::OK, &self.view.requests(show, rows_max)),
+            None => {
+                let message = format!("limit: expected a number from 1 to {REQUESTS_MAX}");
+                error(StatusCode::BAD_REQUEST, "bad_limit", &message)
+            }
         }
     }
 
@@ -104,7 +180,7 @@ impl Routes {
 
     fn health(&self) -> Answer {
         let uptime_s = self.started.elapsed().as_secs();
-        json(
+        document(
             StatusCode::OK,
             &json!({"status": "alive", "version": env!("CARGO_PKG_VERSION"), "uptime_s": uptime_s}),
         )
@@ -112,14 +188,14 @@ impl Routes {
 
     fn ready(&self) -> Answer {
         let (state, why) = match self.readiness.get() {
-            State::Ready => return json(StatusCode::OK, &json!({"ready": true, "state": "ready"})),
+            State::Ready => return document(StatusCode::OK, &json!({"ready": true, "state": "ready"})),
             State::Starting(why) => ("starting", why),
             State::Draining => (
                 "draining",
                 "the gateway is ending; requests that run are finished first",
             ),
         };
-        json(
+        document(
             StatusCode::SERVICE_UNAVAILABLE,
             &json!({"ready": false, "state": state, "why": why}),
         )
@@ -136,22 +212,4 @@ impl AsRef<[u8]> for Scrape {
     fn as_ref(&self) -> &[u8] {
         self.text.as_bytes()
     }
-}
-
-fn error(status: StatusCode, kind: &str, message: &str) -> Answer {
-    json(status, &json!({"error": {"type": kind, "message": message}}))
-}
-
-fn json(status: StatusCode, value: &Value) -> Answer {
-    respond(status, "application/json", Bytes::from(format!("{value}\n")))
-}
-
-fn respond(status: StatusCode, content_type: &'static str, body: Bytes) -> Answer {
-    let mut answer = Response::new(Full::new(body));
-    *answer.status_mut() = status;
-    let headers = answer.headers_mut();
-    headers.insert(CONTENT_TYPE_HEADER, HeaderValue::from_static(content_type));
-    // A proxy that kept one of these would tell of a gateway that has long since changed.
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    answer
 }

@@ -1,8 +1,12 @@
 //! The HTTP server of the operator's side.
 
+use super::access::Access;
 use super::readiness::Readiness;
 use super::routes::Routes;
+use super::stream::Streams;
+use crate::config::AdminConfig;
 use crate::connections::{Bounds, serve_connections};
+use crate::live::View;
 use crate::metrics::Metrics;
 use crate::net::{BindError, bind_listener};
 use hyper::body::Incoming;
@@ -35,7 +39,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Where the admin address can be changed, for the error when it is taken.
 const SETTING: &str = "admin.listen or GATEWAY_ADMIN_ADDR";
 
-/// Serves `/metrics`, `/health` and `/ready` until told to end.
+/// Serves `/metrics`, `/health`, `/ready`, the console and its API until told to end.
 pub struct AdminServer {
     listener: TcpListener,
     addr: SocketAddr,
@@ -43,17 +47,29 @@ pub struct AdminServer {
 }
 
 impl AdminServer {
-    /// Listens on `addr` (port 0: any). Nobody is answered before [`AdminServer::run`].
+    /// Listens on the config's address (port 0: any). Nobody is answered before [`AdminServer::run`].
     ///
     /// # Errors
     /// When the address cannot be listened on; the message names who holds it and what to set.
-    pub fn bind(addr: SocketAddr, metrics: Metrics, readiness: Readiness) -> Result<AdminServer, BindError> {
-        let listener = bind_listener(addr, "admin", SETTING)?;
-        let addr = listener.local_addr().unwrap_or(addr);
+    pub fn bind(
+        config: &AdminConfig,
+        metrics: Metrics,
+        readiness: Readiness,
+        view: Arc<View>,
+    ) -> Result<AdminServer, BindError> {
+        let listener = bind_listener(config.listen, "admin", SETTING)?;
+        let addr = listener.local_addr().unwrap_or(config.listen);
+        let access = Access::new(config, addr);
+        if access.is_closed() {
+            tracing::warn!(
+                %addr,
+                "the console and its API are closed: other machines reach the admin address, and admin.tokens names nobody who may read it"
+            );
+        }
         Ok(AdminServer {
             listener,
             addr,
-            routes: Arc::new(Routes::new(metrics, readiness)),
+            routes: Arc::new(Routes::new(metrics, readiness, view, access)),
         })
     }
 
@@ -74,16 +90,29 @@ impl AdminServer {
             grace: GRACE,
         };
         let stop = shutdown.clone();
-        let serve = |stream| serve(stream, Arc::clone(&self.routes), stop.clone());
+        let streams = Arc::new(Streams::until(stop.clone()));
+        let serve = |stream| {
+            serve(
+                stream,
+                Arc::clone(&self.routes),
+                Arc::clone(&streams),
+                stop.clone(),
+            )
+        };
         serve_connections(listener, "admin", bounds, shutdown, serve).await;
         Ok(())
     }
 }
 
-async fn serve(stream: TcpStream, routes: Arc<Routes>, mut stop: watch::Receiver<bool>) {
+async fn serve(
+    stream: TcpStream,
+    routes: Arc<Routes>,
+    streams: Arc<Streams>,
+    mut stop: watch::Receiver<bool>,
+) {
     let service = service_fn(move |request: hyper::Request<Incoming>| {
-        let routes = Arc::clone(&routes);
-        async move { Ok::<_, Infallible>(routes.answer(request).await) }
+        let (routes, streams) = (Arc::clone(&routes), Arc::clone(&streams));
+        async move { Ok::<_, Infallible>(routes.answer(request, &streams).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -104,7 +133,12 @@ async fn serve(stream: TcpStream, routes: Arc<Routes>, mut stop: watch::Receiver
 mod tests {
     use super::super::readiness::State;
     use super::*;
+    use crate::books::Books;
+    use crate::config::Config;
+    use crate::event::Sinks;
+    use crate::live::Live;
     use crate::metrics::Limits;
+    use crate::proxy::Shared;
     use serde_json::Value;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::task::JoinHandle;
@@ -117,11 +151,24 @@ mod tests {
         task: JoinHandle<io::Result<()>>,
     }
 
+    /// A server of a gateway that has no requests.
+    fn bind(addr: SocketAddr, metrics: &Metrics, readiness: &Readiness) -> Result<AdminServer, BindError> {
+        let config = Config::default();
+        let live = Arc::new(Live::new(metrics.clone(), [], []));
+        let books = Books::new(&config, Sinks::new([]));
+        let shared = Shared::new(config, metrics.clone(), books, None);
+        let view = Arc::new(View::new(live, shared, None, None));
+        let config = AdminConfig {
+            listen: addr,
+            ..AdminConfig::default()
+        };
+        AdminServer::bind(&config, metrics.clone(), readiness.clone(), view)
+    }
+
     fn start() -> Running {
         let metrics = Metrics::new(Limits::default()).unwrap();
         let readiness = Readiness::default();
-        let any = "127.0.0.1:0".parse().unwrap();
-        let server = AdminServer::bind(any, metrics.clone(), readiness.clone()).unwrap();
+        let server = bind("127.0.0.1:0".parse().unwrap(), &metrics, &readiness).unwrap();
         let addr = server.local_addr();
         let (stop, stopped) = watch::channel(false);
         Running {
@@ -298,7 +345,7 @@ mod tests {
     async fn a_taken_admin_address_says_what_to_set() {
         let running = start();
         let metrics = Metrics::new(Limits::default()).unwrap();
-        let error = AdminServer::bind(running.addr, metrics, Readiness::default())
+        let error = bind(running.addr, &metrics, &Readiness::default())
             .err()
             .unwrap()
             .to_string();

@@ -16,6 +16,7 @@ mod read;
 mod schema;
 mod setting;
 mod tap;
+mod token;
 pub mod units;
 mod validate;
 mod values;
@@ -28,10 +29,11 @@ pub use env::Env;
 pub(crate) use error::quote;
 pub use error::{ConfigError, EXIT_CONFIG, Place, Problem};
 pub use schema::{
-    AdminConfig, Config, GatewayConfig, IdentityConfig, LedgerConfig, LogConfig, MetricsConfig, ProxyConfig,
-    ReconciliationConfig, SpoolConfig, StoreConfig, UpstreamConfig, UsageConfig, VllmConfig,
+    AdminConfig, AdminToken, Config, GatewayConfig, IdentityConfig, LedgerConfig, LogConfig, MetricsConfig,
+    ProxyConfig, ReconciliationConfig, SpoolConfig, StoreConfig, UpstreamConfig, UsageConfig, VllmConfig,
 };
 pub use tap::{CgroupChoice, TapConfig};
+pub use token::{TokenDigest, TokenScope};
 pub use units::ByteSize;
 pub use values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl, ValueError};
 pub use words::{
@@ -77,6 +79,21 @@ impl Config {
             Ok(config)
         } else {
             Err(ConfigError::Invalid(problems))
+        }
+    }
+
+    /// The config if it can be run with, for one that no file has said.
+    ///
+    /// # Errors
+    /// When settings do not fit each other.
+    pub fn checked(self) -> Result<Self, ConfigError> {
+        let document = Document::parse("the config", "")?;
+        let mut findings = Findings::new(&document);
+        validate::validate(&self, &mut findings);
+        if findings.problems.is_empty() {
+            Ok(self)
+        } else {
+            Err(ConfigError::Invalid(findings.problems))
         }
     }
 }

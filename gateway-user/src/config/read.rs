@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use super::{
     error::{Place, Problem, quote, suggest},
-    schema::{Config, GatewayConfig, IdentityConfig, LedgerConfig, ProxyConfig, SpoolConfig, UpstreamConfig},
+    schema::{
+        AdminToken, Config, GatewayConfig, IdentityConfig, LedgerConfig, ProxyConfig, SpoolConfig,
+        UpstreamConfig,
+    },
     setting::Setting,
     tap::TapConfig,
     values::{Name, UpstreamUrl},
@@ -88,7 +91,8 @@ pub(super) fn read_file(findings: &mut Findings<'_>, config: &mut Config) {
         top.section("gateway", |section| read_gateway(section, &mut config.gateway));
         top.read("capture", &mut config.capture);
         top.section("admin", |section| {
-            section.read("listen", &mut config.admin.listen)
+            section.read("listen", &mut config.admin.listen);
+            section.sections("tokens", &mut config.admin.tokens, read_token);
         });
         top.section("tap", |section| read_tap(section, &mut config.tap));
         top.section("identity", |section| read_identity(section, &mut config.identity));
@@ -138,6 +142,18 @@ fn read_gateway(section: &mut Section<'_, '_>, gateway: &mut GatewayConfig) {
     section.read("id", &mut gateway.id);
     section.read("secret", &mut gateway.secret);
     section.read("drain_timeout", &mut gateway.drain_timeout);
+}
+
+fn read_token(section: &mut Section<'_, '_>) -> Option<AdminToken> {
+    let (mut name, mut sha256, mut scope) = (None, None, None);
+    section.read_required("name", &mut name);
+    section.read_required("sha256", &mut sha256);
+    section.read_required("scope", &mut scope);
+    Some(AdminToken {
+        name: name?,
+        sha256: sha256?,
+        scope: scope?,
+    })
 }
 
 fn read_tap(section: &mut Section<'_, '_>, tap: &mut TapConfig) {

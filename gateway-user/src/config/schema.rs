@@ -13,12 +13,14 @@ use serde::Serialize;
 
 use super::{
     tap::TapConfig,
+    token::{TokenDigest, TokenScope},
     units::{ByteSize, serialize_duration},
     values::{HeaderName, Name, Secret, StoreUrl, UpstreamUrl},
     words::{
         Capture, Fsync, IdleTo, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull,
     },
 };
+use crate::identity::WithoutTeam;
 use crate::ledger::{Method, Millionths, Price, Rate, Weights};
 
 /// Everything that can be configured.
@@ -83,8 +85,21 @@ pub struct GatewayConfig {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct AdminConfig {
     /// Address of `/metrics`, `/health`, `/ready` and the console. Default `127.0.0.1:9464`: it shows every team's
-    /// figures and asks for no password, so that it is opened to a network only on purpose.
+    /// figures, so that it is opened to a network only on purpose.
     pub listen: SocketAddr,
+    /// Who may read it; none (default): whoever is on this machine.
+    pub tokens: Vec<AdminToken>,
+}
+
+/// One entry of `admin.tokens`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct AdminToken {
+    /// What the log calls it; unique.
+    pub name: Name,
+    /// What the token is known by.
+    pub sha256: TokenDigest,
+    /// What its holder may see.
+    pub scope: TokenScope,
 }
 
 /// Section `identity`.
@@ -100,6 +115,9 @@ pub struct IdentityConfig {
     pub trust_headers: bool,
     /// Whether the upstream gets to see the three headers. Default false.
     pub forward_headers: bool,
+    /// What becomes of a request without a team: no key of the file, since only `vllm-gateway try` takes it.
+    #[serde(skip)]
+    pub without_team: WithoutTeam,
 }
 
 /// One entry of `upstreams`.
@@ -345,6 +363,7 @@ impl Default for AdminConfig {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 9464)),
+            tokens: Vec::new(),
         }
     }
 }
@@ -357,6 +376,7 @@ impl Default for IdentityConfig {
             user_header: HeaderName::from_static("X-User-ID"),
             trust_headers: true,
             forward_headers: false,
+            without_team: WithoutTeam::Refuse,
         }
     }
 }

@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use super::{
     error::suggest,
     tap::CgroupChoice,
+    token::{TokenDigest, TokenScope},
     units::{ByteSize, UnitError, parse_duration},
     values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl, ValueError},
     words::{
@@ -241,6 +242,24 @@ impl Setting for Secret {
     }
 }
 
+impl Setting for TokenDigest {
+    fn expected() -> String {
+        "the SHA-256 of a token, as 64 hexadecimal digits".to_owned()
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        if text == MASK {
+            return Err("that is the mask which check-config prints, not the digest".to_owned());
+        }
+        text.parse().map_err(|error: ValueError| error.to_string())
+    }
+
+    // What stands here by mistake is most likely the token itself.
+    fn may_be_shown(_text: &str) -> bool {
+        false
+    }
+}
+
 /// Implements [`Setting`] by `FromStr`, for values whose error says the reason.
 macro_rules! setting_by_from_str {
     ($($type:ty: $expected:literal),+ $(,)?) => {
@@ -266,6 +285,7 @@ setting_by_from_str! {
     StoreUrl: "embedded, or an address such as http://clickhouse:8123",
     HeaderName: "the name of an HTTP header",
     Name: "a name",
+    TokenScope: "admin, or team:NAME",
     CgroupChoice: "auto, a directory, unit:NAME or container:ID",
 }
 

@@ -803,3 +803,67 @@ proptest! {
         }
     }
 }
+
+const DIGEST: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+
+#[test]
+fn tokens_are_known_by_their_digests_which_show_nowhere() {
+    let text = format!(
+        "admin:\n  tokens:\n    - {{ name: ops, sha256: {DIGEST}, scope: admin }}\n    - {{ name: red, sha256: '{}', scope: 'team:red' }}\n",
+        DIGEST.replace('b', "c")
+    );
+    let config = parse(&text).unwrap();
+    let scopes: Vec<String> = config
+        .admin
+        .tokens
+        .iter()
+        .map(|token| token.scope.to_string())
+        .collect();
+    assert_eq!(scopes, ["admin", "team:red"]);
+    assert_eq!(config.admin.tokens[0].sha256, TokenDigest::of(b"abc"));
+    for shown in [format!("{config:?}"), effective_yaml(&config)] {
+        assert!(shown.contains(MASK) && !shown.contains("ba7816bf"), "{shown}");
+    }
+    let message = parse(&effective_yaml(&config)).unwrap_err().to_string();
+    assert!(message.contains("that is the mask"), "{message}");
+}
+
+#[test]
+fn a_token_that_would_open_the_wrong_thing_is_refused_without_being_quoted() {
+    let refused = |entries: &str| {
+        parse(&format!("admin:\n  tokens:\n{entries}"))
+            .unwrap_err()
+            .to_string()
+    };
+    let entry = |name: &str, sha256: &str, scope: &str| {
+        format!("    - {{ name: {name}, sha256: '{sha256}', scope: '{scope}' }}\n")
+    };
+    let message = refused(&entry("ops", "my-plain-secret", "admin"));
+    assert!(
+        message.contains("sha256sum") && !message.contains("my-plain-secret"),
+        "{message}"
+    );
+    let message = refused(&(entry("a", DIGEST, "admin") + &entry("b", &DIGEST.to_uppercase(), "team:red")));
+    assert!(
+        message.contains("c.yaml:4: `admin.tokens[1].sha256`") && message.contains("`a` already"),
+        "{message}"
+    );
+    let message = refused(&(entry("a", DIGEST, "admin") + &entry("a", &DIGEST.replace('b', "c"), "admin")));
+    assert!(
+        message.contains("`a` is the name of an earlier token"),
+        "{message}"
+    );
+    let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    assert!(refused(&entry("a", empty, "admin")).contains("empty token"));
+    for scope in ["everything", "team:", "team:__other__"] {
+        assert!(
+            refused(&entry("a", DIGEST, scope)).contains("expected admin, or team:NAME"),
+            "{scope}"
+        );
+    }
+    let message = refused("    - { name: a, scope: admin }\n");
+    assert!(
+        message.contains("`admin.tokens[0].sha256` is missing"),
+        "{message}"
+    );
+}

@@ -5,8 +5,12 @@ use std::{net::SocketAddr, time::Duration};
 use super::{
     error::quote,
     read::Findings,
-    schema::{Config, GatewayConfig, IdentityConfig, LedgerConfig, ProxyConfig, SpoolConfig, UpstreamConfig},
+    schema::{
+        AdminToken, Config, GatewayConfig, IdentityConfig, LedgerConfig, ProxyConfig, SpoolConfig,
+        UpstreamConfig,
+    },
     tap::TapConfig,
+    token::TokenDigest,
     units::{ByteSize, format_duration},
     values::UpstreamUrl,
 };
@@ -66,6 +70,7 @@ const REQUEST_ID_HEADER: &str = "x-gateway-request-id";
 /// Reports everything in the config that cannot work.
 pub(super) fn validate(config: &Config, findings: &mut Findings<'_>) {
     validate_gateway(&config.gateway, findings);
+    validate_tokens(&config.admin.tokens, findings);
     validate_addresses(config, findings);
     validate_tap(&config.tap, findings);
     validate_identity(&config.identity, findings);
@@ -145,6 +150,27 @@ fn leads_to(url: &UpstreamUrl, listen: SocketAddr) -> bool {
         Err(_) => url.host() == "localhost" && (listen.ip().is_loopback() || listen.ip().is_unspecified()),
     };
     same_host && url.port() == listen.port()
+}
+
+fn validate_tokens(tokens: &[AdminToken], findings: &mut Findings<'_>) {
+    for (index, token) in tokens.iter().enumerate() {
+        let earlier = &tokens[..index];
+        if earlier.iter().any(|other| other.name == token.name) {
+            let message = format!("{} is the name of an earlier token", quote(token.name.as_str()));
+            findings.refuse(&format!("admin.tokens[{index}].name"), message);
+        }
+        if let Some(other) = earlier.iter().find(|other| other.sha256 == token.sha256) {
+            let message = format!(
+                "it is that of token {} already: each needs a token of its own",
+                quote(other.name.as_str())
+            );
+            findings.refuse(&format!("admin.tokens[{index}].sha256"), message);
+        }
+        if token.sha256 == TokenDigest::of(b"") {
+            let message = "it is that of an empty token: was a variable not set?".to_owned();
+            findings.refuse(&format!("admin.tokens[{index}].sha256"), message);
+        }
+    }
 }
 
 fn validate_identity(identity: &IdentityConfig, findings: &mut Findings<'_>) {

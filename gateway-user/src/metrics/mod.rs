@@ -25,6 +25,7 @@ mod tests;
 pub use handles::{InflightGuard, QueueMetrics, UpstreamMetrics};
 pub use reconciliation::ReconciliationMetrics;
 pub use scrape::ScrapeMetrics;
+pub(crate) use series::may_be_billed;
 
 use crate::bookkeeper::LedgerStats;
 use crate::config::Capture;
@@ -34,8 +35,10 @@ use crate::tap::agent::Agent;
 use crate::wire::exchange::Outcome;
 use families::Families;
 use labels::Admitted;
+use prometheus::core::Collector;
 use prometheus::{Registry, TextEncoder};
 use series::SeriesCache;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -133,6 +136,23 @@ impl Metrics {
     pub fn inflight(&self, team: &str) -> InflightGuard {
         let team = self.inner.teams.admit(team);
         InflightGuard::of(self.inner.families.inflight.with_label_values(&[team]))
+    }
+
+    /// How many requests of each team have begun and not ended, by the team's label.
+    pub fn inflight_by_team(&self) -> BTreeMap<String, i64> {
+        let families = self.inner.families.inflight.collect();
+        let gauges = families.iter().flat_map(|family| family.get_metric());
+        gauges
+            .filter_map(|gauge| {
+                let team = gauge.get_label().first()?.value().to_owned();
+                Some((team, gauge.get_gauge().get_value() as i64))
+            })
+            .collect()
+    }
+
+    /// The label under which an event is counted, if it is its turn now.
+    pub(crate) fn team_label<'e>(&self, event: &'e RequestEvent) -> &'e str {
+        self.inner.team_of(event)
     }
 
     /// An open connection of a client, until the guard is dropped.

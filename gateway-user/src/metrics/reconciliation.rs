@@ -34,6 +34,21 @@ impl ReconciliationFamilies {
     }
 }
 
+/// What they say of one upstream.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ReconciliationFigures {
+    /// Counted by the engine since the start, where that can be compared.
+    pub engine: Totals,
+    /// Attributed to requests in the same intervals.
+    pub attributed: Totals,
+    /// Counted and not attributed, in the time looked back on.
+    pub gap: Totals,
+    /// Whether that is beyond its bound.
+    pub is_exceeded: bool,
+    /// What it may come from; empty unless it is.
+    pub causes: Vec<&'static str>,
+}
+
 /// The metrics of one upstream's reconciliation.
 pub struct ReconciliationMetrics {
     families: Arc<super::Families>,
@@ -60,6 +75,30 @@ impl ReconciliationMetrics {
             exceeded: gauges(&of.exceeded),
             causes: Cause::ALL.map(|cause| of.cause.with_label_values(&[upstream, cause.name()])),
             families,
+        }
+    }
+
+    /// What was told so far.
+    pub fn figures(&self) -> ReconciliationFigures {
+        let totals = |[prompt_tokens, completion_tokens]: [u64; 2]| Totals {
+            prompt_tokens,
+            completion_tokens,
+        };
+        let counters = |pair: &[IntCounter; 2]| totals(pair.each_ref().map(IntCounter::get));
+        let gap = self
+            .gap
+            .each_ref()
+            .map(|gauge| u64::try_from(gauge.get()).unwrap_or(0));
+        let causes = Cause::ALL.iter().zip(&self.causes);
+        ReconciliationFigures {
+            engine: counters(&self.engine),
+            attributed: counters(&self.attributed),
+            gap: totals(gap),
+            is_exceeded: self.exceeded.iter().any(|gauge| gauge.get() > 0),
+            causes: causes
+                .filter(|(_, gauge)| gauge.get() > 0)
+                .map(|(cause, _)| cause.name())
+                .collect(),
         }
     }
 

@@ -237,7 +237,7 @@ fn seconds(micros: u64) -> f64 {
 }
 
 /// A count of chunks is a lower bound of the tokens, and a bill is no place for one.
-fn may_be_billed(source: UsageSource) -> bool {
+pub(crate) fn may_be_billed(source: UsageSource) -> bool {
     matches!(source, UsageSource::Reported | UsageSource::Continuous)
 }
 

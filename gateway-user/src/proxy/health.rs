@@ -13,6 +13,9 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 /// Checks in a row that must fail before an upstream counts as down: one lost answer under load is no outage.
 const FAILURES_TO_DOWN: u32 = 2;
 
+/// Time until a failed check is made again: whether it was an outage should be known before many requests have met it.
+const AGAIN_AFTER: Duration = Duration::from_millis(500);
+
 /// How long one check may take.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -30,6 +33,9 @@ pub async fn watch(shared: Arc<Shared>, upstream: Arc<Upstream>) {
             .await
             .unwrap_or_else(|late| Err(late.into()));
         failures = if checked.is_ok() { 0 } else { failures + 1 };
+        if failures > 0 && upstream.is_up() {
+            ticks.reset_after(AGAIN_AFTER.min(shared.config.proxy.health_interval));
+        }
         let up = failures < if upstream.is_up() { FAILURES_TO_DOWN } else { 1 };
         if upstream.set_up(up) {
             match &checked {

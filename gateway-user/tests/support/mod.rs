@@ -171,6 +171,13 @@ impl TestGateway {
         TestGateway::of(parse(yaml), None)
     }
 
+    /// Starts one whose address for operators other machines could reach.
+    pub fn reachable(yaml: &str) -> TestGateway {
+        let mut gateway = TestGateway::with_admin(parse(yaml), None, SocketAddr::from(([0, 0, 0, 0], 0)));
+        gateway.admin.set_ip([127, 0, 0, 1].into());
+        gateway
+    }
+
     /// Starts one with a kernel probe on the ports of its upstreams; `capture: tap` has no address for clients, and then `addr` is unspecified.
     /// Panics where the probe cannot be loaded: these tests need root and a kernel.
     #[cfg(target_os = "linux")]
@@ -183,9 +190,13 @@ impl TestGateway {
         TestGateway::of(config, Some(source))
     }
 
-    fn of(mut config: Config, source: Option<Box<dyn Source>>) -> TestGateway {
+    fn of(config: Config, source: Option<Box<dyn Source>>) -> TestGateway {
+        TestGateway::with_admin(config, source, SocketAddr::from(([127, 0, 0, 1], 0)))
+    }
+
+    fn with_admin(mut config: Config, source: Option<Box<dyn Source>>, admin: SocketAddr) -> TestGateway {
         config.gateway.listen = SocketAddr::from(([127, 0, 0, 1], 0));
-        config.admin.listen = SocketAddr::from(([127, 0, 0, 1], 0));
+        config.admin.listen = admin;
         let events = Arc::new(Collector::default());
         let outlets = Outlets {
             events: vec![Arc::clone(&events) as Arc<dyn EventSink>],

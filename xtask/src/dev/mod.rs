@@ -244,6 +244,7 @@ fn show(entries: &[Entry], state: &StateDir, ports: Ports) {
         "\nrows:    curl 'http://127.0.0.1:{}/?query=SELECT+*+FROM+vllm_attribution.request_events+LIMIT+3+FORMAT+Vertical'",
         ports.clickhouse()
     );
+    println!("console: {admin}/");
     println!("metrics: {admin}/metrics   Ctrl-C, or `cargo xtask dev stop` elsewhere, ends all of it");
 }
 
