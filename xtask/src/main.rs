@@ -4,6 +4,7 @@ mod bench;
 mod build_ebpf;
 mod cache;
 mod clickhouse;
+mod dashboards;
 mod dev;
 mod fuzz;
 mod guest;
@@ -48,6 +49,8 @@ enum Command {
     Bench(bench::Bench),
     /// Feed random and mutated bytes to whatever reads the network (needs a nightly compiler).
     Fuzz(fuzz::Options),
+    /// Check the Grafana dashboards against Grafana's own types (fetched once, with npm).
+    CheckDashboards,
     /// Compile the kernel probe anew, after a change to its sources.
     BuildEbpf,
     /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
@@ -64,6 +67,7 @@ fn main() -> Result<()> {
         Command::TestPowerCut => power_cut::run(root),
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
+        Command::CheckDashboards => dashboards::check(root),
         Command::BuildEbpf => build_ebpf::run(root),
         Command::GetClickhouse => clickhouse::get(),
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::stage::{self, Stages};
-use crate::{clickhouse, guest, power_cut, test_kernels, tools};
+use crate::{clickhouse, dashboards, guest, power_cut, test_kernels, tools};
 
 /// Runs all stages in the workspace at `root`.
 ///
@@ -22,6 +22,7 @@ pub fn run(root: &Path) -> Result<()> {
     let mut stages = Stages::default();
     stages.time("tools", || tools::ensure_installed(&tools::FOR_TESTS))?;
     stages.time("clickhouse", clickhouse::get)?;
+    stages.time("dashboards", || dashboards::check(root))?;
     stages.command("format", &mut cargo(&["fmt", "--all", "--check"]))?;
     let clippy = [
         "clippy",

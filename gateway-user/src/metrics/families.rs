@@ -8,7 +8,7 @@ use super::reconciliation::ReconciliationFamilies;
 use super::scrape::ScrapeFamilies;
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec,
+    CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec,
 };
 use prometheus::{Opts, Registry, Result};
 
@@ -43,6 +43,7 @@ pub(super) struct Families {
     pub(super) gaps: GapHistograms,
     pub(super) tokens: IntCounterVec,
     pub(super) engine_tokens: IntCounterVec,
+    pub(super) charge: CounterVec,
     pub(super) request_body: IntCounterVec,
     pub(super) response_body: IntCounterVec,
     pub(super) inflight: IntGaugeVec,
@@ -78,6 +79,7 @@ impl Families {
             gaps: of.keep(GapHistograms::new()?)?,
             tokens: of.counter("gateway_tokens_total", "Billed tokens; prompt includes cached.", &["team", "model", "type"])?,
             engine_tokens: of.counter("gateway_engine_tokens_total", "Tokens as the engine's own counters have them.", &["team", "model", "type"])?,
+            charge: of.keep(CounterVec::new(Opts::new("gateway_charge_usd_total", "What requests are charged by the rate card, in US dollars. Bills are made of stored rows, to the nano-USD."), &["team", "model"])?)?,
             request_body: of.counter("gateway_request_body_bytes_total", "Payload of requests.", &["team"])?,
             response_body: of.counter("gateway_response_body_bytes_total", "Payload of responses.", &["team"])?,
             inflight: of.gauge("gateway_inflight_requests", "Requests that have begun and not ended.", &["team"])?,

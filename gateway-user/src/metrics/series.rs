@@ -7,9 +7,10 @@ use super::families::Families;
 use super::gaps::GapHistogram;
 use super::labels;
 use crate::event::RequestEvent;
+use crate::ledger::NanoUsd;
 use crate::wire::endpoint::{Endpoint, Purpose};
 use crate::wire::exchange::{Outcome, UsageSource};
-use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec};
+use prometheus::{Counter, Histogram, HistogramVec, IntCounter, IntCounterVec};
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
@@ -100,6 +101,7 @@ pub(super) struct Series {
     completion: OnceLock<IntCounter>,
     engine_prompt: OnceLock<IntCounter>,
     engine_completion: OnceLock<IntCounter>,
+    charge: OnceLock<Counter>,
     request_body: IntCounter,
     response_body: IntCounter,
     ttft: OnceLock<Histogram>,
@@ -133,6 +135,7 @@ impl Series {
             completion: OnceLock::new(),
             engine_prompt: OnceLock::new(),
             engine_completion: OnceLock::new(),
+            charge: OnceLock::new(),
             request_body: families.request_body.with_label_values(&[team]),
             response_body: families.response_body.with_label_values(&[team]),
             ttft: OnceLock::new(),
@@ -148,6 +151,12 @@ impl Series {
         self.record_phases(families, event);
         if may_be_billed(event.usage_source) {
             self.record_tokens(families, event);
+        }
+        if event.charge > NanoUsd(0) {
+            let labels = [&*self.team, &*self.model];
+            self.charge
+                .get_or_init(|| families.charge.with_label_values(&labels))
+                .inc_by(event.charge.0 as f64 / NanoUsd::USD as f64);
         }
         if self.billable && reached_an_engine(event.outcome) {
             families

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::event::CapturedBy;
-use crate::ledger::{Cause, Gap, Totals};
+use crate::ledger::{Cause, Gap, NanoUsd, Totals};
 use crate::vllm::SystemSample;
 use crate::wire::endpoint::Endpoint;
 use crate::wire::exchange::{GAP_BOUNDS_US, Gaps, UsageSource};
@@ -43,7 +43,7 @@ fn event(team: &str, model: &str) -> RequestEvent {
         chunks: 5,
         request_bytes: 100,
         response_bytes: 1_000,
-        charge: crate::ledger::NanoUsd(0),
+        charge: NanoUsd(NanoUsd::USD / 4),
         gateway_overhead_us: Some(50),
         tap_ttft_us: None,
         tap_duration_us: None,
@@ -111,6 +111,13 @@ fn one_request_lands_in_every_family_with_its_own_figures() {
     assert_eq!(of(&["gateway_tokens_total", "type=\"cached\""]), 4.0);
     assert_eq!(of(&["gateway_tokens_total", "type=\"completion\""]), 5.0);
     assert_eq!(of(&["gateway_engine_tokens_total", "type=\"prompt\""]), 20.0);
+    assert_eq!(
+        samples(&metrics, &["gateway_charge_usd_total{"]),
+        [(
+            "gateway_charge_usd_total{model=\"opt\",team=\"red\"}".to_owned(),
+            0.25
+        )]
+    );
     assert_eq!(of(&["gen_ai_server_request_duration_seconds_sum"]), 1.0);
     assert_eq!(of(&["gen_ai_server_time_to_first_token_seconds_sum"]), 0.2);
     assert_eq!(
@@ -172,6 +179,16 @@ fn what_is_unknown_or_only_counted_adds_no_tokens() {
         1.0
     );
     assert_eq!(sum(&metrics, &["gateway_requests_total"]), 2.0);
+}
+
+#[test]
+fn a_request_that_is_charged_nothing_founds_no_series_of_money() {
+    let metrics = small(10, 10, 10);
+    metrics.record(&RequestEvent {
+        charge: NanoUsd(0),
+        ..event("red", "opt")
+    });
+    assert_eq!(samples(&metrics, &["gateway_charge_usd_total"]), []);
 }
 
 #[test]
@@ -347,8 +364,9 @@ fn system_sample() -> SystemSample {
 }
 
 /// All names that are promised to dashboards; a rename here is a break for whoever uses them.
-const NAMES: [&str; 47] = [
+const NAMES: [&str; 48] = [
     "gateway_build_info",
+    "gateway_charge_usd_total",
     "gateway_client_connections",
     "gateway_dropped_total",
     "gateway_engine_tokens_total",
@@ -455,19 +473,40 @@ fn any_event() -> impl Strategy<Value = RequestEvent> {
     ];
     let tokens = proptest::option::of(0u64..10_000);
     let gaps = proptest::collection::vec(0u64..4_000_000, 0..20);
-    (0u8..8, 0u8..5, source, ended, tokens.clone(), tokens, gaps).prop_map(
-        |(team, model, usage_source, (status_code, outcome), prompt_tokens, completion_tokens, gaps)| {
-            RequestEvent {
+    (
+        0u8..8,
+        0u8..5,
+        source,
+        ended,
+        tokens.clone(),
+        tokens,
+        gaps,
+        0u64..100,
+    )
+        .prop_map(
+            |(
+                team,
+                model,
                 usage_source,
-                status_code,
-                outcome,
+                (status_code, outcome),
                 prompt_tokens,
                 completion_tokens,
-                gaps: gaps_of(&gaps),
-                ..event(&format!("t{team}"), &format!("m{model}"))
-            }
-        },
-    )
+                gaps,
+                usd,
+            )| {
+                RequestEvent {
+                    usage_source,
+                    status_code,
+                    outcome,
+                    prompt_tokens,
+                    completion_tokens,
+                    gaps: gaps_of(&gaps),
+                    // Whole dollars, so that a sum of floats is exact.
+                    charge: NanoUsd(usd * NanoUsd::USD),
+                    ..event(&format!("t{team}"), &format!("m{model}"))
+                }
+            },
+        )
 }
 
 proptest! {
@@ -479,7 +518,7 @@ proptest! {
     ) {
         let metrics = small(teams, models, combinations);
         (0..teams).for_each(|team| metrics.reserve_team(&format!("t{team}")));
-        let mut by_team: BTreeMap<String, [f64; 3]> = BTreeMap::new();
+        let mut by_team: BTreeMap<String, [f64; 4]> = BTreeMap::new();
         for event in &events {
             metrics.record(event);
             let named = event.team_id[1..].parse::<usize>().unwrap() < teams;
@@ -490,6 +529,7 @@ proptest! {
             totals[0] += 1.0;
             totals[1] += if billed { tokens as f64 } else { 0.0 };
             totals[2] += event.gaps.count as f64;
+            totals[3] += (event.charge.0 / NanoUsd::USD) as f64;
         }
         for (team, expected) in by_team {
             let team = format!("team=\"{team}\"");
@@ -499,6 +539,7 @@ proptest! {
                 sum(&metrics, &["gateway_requests_total", &team]),
                 billed,
                 sum(&metrics, &["gateway_inter_token_latency_seconds_count", &team]),
+                sum(&metrics, &["gateway_charge_usd_total", &team]),
             ];
             prop_assert_eq!(found, expected, "{}", team);
         }

@@ -10,23 +10,30 @@ use super::ports::{Ports, USUAL_BASE};
 /// The file that says what is scraped, in the repository's directory of the same name.
 pub const CONFIG_FILE: &str = "prometheus.yml";
 
-/// Copies the files of `from` into `to`, with the targets moved to `ports`. All files, since rules are named relative to the
-/// configuration.
+/// Copies what is in `from` into `to`, with the targets moved to `ports`. All of it, since rules are named relative to the configuration.
 ///
 /// # Errors
 /// When a file cannot be copied, or the configuration does not scrape what runs.
 pub fn copy_config(from: &Path, to: &Path, ports: Ports) -> Result<()> {
-    fs::create_dir_all(to).with_context(|| format!("cannot create {}", to.display()))?;
-    for entry in fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))? {
-        let path = entry?.path();
-        if let Some(name) = path.file_name().filter(|_| path.is_file()) {
-            fs::copy(&path, to.join(name)).with_context(|| format!("cannot copy {}", path.display()))?;
-        }
-    }
+    copy_all(from, to)?;
     let config = to.join(CONFIG_FILE);
     let text = fs::read_to_string(&config).with_context(|| format!("cannot read {}", config.display()))?;
     let text = on_ports(&text, ports).with_context(|| format!("{CONFIG_FILE} in {}", from.display()))?;
     fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))
+}
+
+fn copy_all(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).with_context(|| format!("cannot create {}", to.display()))?;
+    for entry in fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))? {
+        let entry = entry?;
+        let (path, copy) = (entry.path(), to.join(entry.file_name()));
+        if path.is_dir() {
+            copy_all(&path, &copy)?;
+        } else {
+            fs::copy(&path, &copy).with_context(|| format!("cannot copy {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 fn on_ports(config: &str, ports: Ports) -> Result<String> {
@@ -94,6 +101,8 @@ mod tests {
             config.contains("127.0.0.1:21464") && !config.contains(":9464"),
             "{config}"
         );
+        let rules = |of: &Path| fs::read_to_string(of.join("rules/alerts.yml")).expect("the alerts");
+        assert_eq!(rules(&to), rules(&root));
         let count = |path: &Path| fs::read_dir(path).expect("a directory").count();
         assert_eq!(count(&to), count(&root));
         fs::remove_dir_all(to).expect("ours");
