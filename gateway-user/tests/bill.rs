@@ -247,6 +247,7 @@ fn bookings() -> Vec<Booking> {
             engine: EngineView {
                 spans: spans
                     .map(|(from, to, condition)| EngineSpan {
+                        at: Micros(0),
                         span: Span::new(at(from), at(to)),
                         condition,
                     })

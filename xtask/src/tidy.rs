@@ -10,7 +10,12 @@ use std::path::{Path, PathBuf};
 const GENERATED: [&str; 4] = ["target", ".git", "spool", "node_modules"];
 
 /// Documents that must exist, and whose paths are checked.
-const DOCUMENTS: [&str; 4] = ["README.md", "docs/ARCHITECTURE.md", "docs/API.md", "docs/RUNBOOK.md"];
+const DOCUMENTS: [&str; 4] = [
+    "README.md",
+    "docs/ARCHITECTURE.md",
+    "docs/API.md",
+    "docs/RUNBOOK.md",
+];
 
 /// Where a path in a document may start: at the root, or where the reader of the architecture stands.
 const BASES: [&str; 3] = ["", "docs", "gateway-user/src"];

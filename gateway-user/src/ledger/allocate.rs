@@ -5,7 +5,8 @@
 //! the method says. So what the running pay is price times busy time whatever the weights are, and a request that runs alone pays all of it.
 //!
 //! A moment is busy when a known request runs, whatever the engine was seen to be; else when the engine said that it ran, which is then
-//! somebody's whom nobody knows (`__unattributed__`); else it is what the engine was.
+//! somebody's whom nobody knows (`__unattributed__`); else it is what the engine was. An engine that ran at a moment at which a known request did is
+//! no sign that it ran at any other: of a window in which requests come and go, most scrapes see one, and what is between them is idle all the same.
 //!
 //! What the engine's counters have beyond the known requests joins them as one more request, whenever one of them runs. Its work is spread
 //! over all of that time. It counts as present as its rate of work is of the known ones' mean, and never more than one: otherwise a gap of
@@ -23,8 +24,11 @@ use super::money::{NanoUsd, apportion};
 use super::price::Priced;
 use super::row::{CostRow, Edition, SegmentCost, Statement};
 use super::share::{Companion, PRESENT, Runner, SHARE_BITS, Shares, divide, rates};
-use super::time::Span;
+use super::time::{Micros, Span};
 use crate::config::IdleTo;
+
+/// How exactly it is known when an engine was looked at: its page is made some milliseconds before it is there, from what its last step left.
+const LOOK_US: u64 = 250_000;
 
 /// The rows of one window of one upstream, in the order of their accounts. They sum to [`PriceList::bill`](super::PriceList::bill) of the window's span.
 pub fn allocate(facts: &WindowFacts<'_>, method: &Method, edition: Edition) -> Vec<CostRow> {
@@ -53,16 +57,17 @@ pub fn itemize(facts: &WindowFacts<'_>, method: &Method, edition: Edition) -> St
         entry.work = entry.work.plus(segment.work);
     }
     books.line(UNATTRIBUTED).work = gap;
+    let seen = beyond_known(&facts.engine.spans, &segments, span);
     books.items = vec![Item::default(); segments.len()];
 
-    let (runners, companion) = crowd(&segments, gap, facts, &method.weights);
+    let (runners, companion) = crowd(&segments, gap, span, &seen, &method.weights);
     let parts: Vec<Part<'_>> = facts
         .prices
         .parts(span)
         .into_iter()
         .map(|priced| {
             let shares = divide(priced.span, &runners, companion, method.theta());
-            Part::new(priced, &segments, &shares, &facts.engine.spans)
+            Part::new(priced, &segments, &shares, &seen)
         })
         .collect();
     let teams = teams_of(&parts);
@@ -83,16 +88,41 @@ fn once_each(segments: &[Segment]) -> Vec<&Segment> {
     sorted
 }
 
+/// How the engine was, but for what it ran for the known. Of a look from outside the window it is not known who ran then: where there are known
+/// requests, it is taken to have seen those.
+fn beyond_known(engine: &[EngineSpan], segments: &[&Segment], window: Span) -> Vec<EngineSpan> {
+    let is_known = |seen: &EngineSpan| {
+        let near = Span::new(
+            Micros(seen.at.0.saturating_sub(LOOK_US)),
+            Micros(seen.at.0.saturating_add(LOOK_US)),
+        );
+        match window.from() <= seen.at && seen.at < window.to() {
+            true => segments
+                .iter()
+                .any(|segment| !segment.run.within(near).is_empty()),
+            false => !segments.is_empty(),
+        }
+    };
+    let beyond = |seen: &EngineSpan| match seen.condition {
+        Condition::Running if is_known(seen) => EngineSpan {
+            condition: Condition::Up,
+            ..*seen
+        },
+        _ => *seen,
+    };
+    engine.iter().map(beyond).collect()
+}
+
 /// Those who run, with their rates of work, and the one more that the engine's counters tell of.
 fn crowd(
     segments: &[&Segment],
     gap: Work,
-    facts: &WindowFacts<'_>,
+    span: Span,
+    engine: &[EngineSpan],
     weights: &Weights,
 ) -> (Vec<Runner>, Companion) {
-    let span = facts.window.span();
     let runs: Vec<Span> = segments.iter().map(|segment| segment.run.within(span)).collect();
-    let times = Times::of(span, &merged(&runs), &facts.engine.spans);
+    let times = Times::of(span, &merged(&runs), engine);
     let works = segments
         .iter()
         .zip(&runs)

@@ -106,6 +106,7 @@ fn spans(window: Span, scrapes: &[Scrape]) -> Vec<EngineSpan> {
         if !span.is_empty() {
             spans.push(EngineSpan {
                 span,
+                at: scrape.at,
                 condition: scrape.condition,
             });
         }
@@ -225,13 +226,17 @@ mod tests {
     fn a_scrape_stands_for_the_time_around_it_but_not_for_long() {
         let window = |seconds| Window::at(at(seconds));
         let scrapes = [scrape(4, Condition::Running, 0), scrape(14, Condition::Up, 0)];
-        let span = |from, to, condition| EngineSpan {
+        let span = |from, seen, to, condition| EngineSpan {
             span: Span::new(at(from), at(to)),
+            at: at(seen),
             condition,
         };
-        let expected = [span(0, 9, Condition::Running), span(9, 15, Condition::Up)];
+        let expected = [span(0, 4, 9, Condition::Running), span(9, 14, 15, Condition::Up)];
         assert_eq!(view(window(0), &scrapes).spans, expected);
-        assert_eq!(view(window(30), &scrapes).spans, [span(30, 44, Condition::Up)]);
+        assert_eq!(
+            view(window(30), &scrapes).spans,
+            [span(30, 14, 44, Condition::Up)]
+        );
         assert!(view(window(45), &scrapes).spans.is_empty());
     }
 

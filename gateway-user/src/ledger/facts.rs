@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::method::{Millionths, Weights};
 use super::price::PriceList;
-use super::time::{Span, Window};
+use super::time::{Micros, Span, Window};
 
 /// Time of a server that nobody used.
 pub const IDLE: &str = "__idle__";
@@ -86,6 +86,8 @@ pub enum Condition {
 pub struct EngineSpan {
     /// The while.
     pub span: Span,
+    /// The moment at which it was seen, for which the while stands.
+    pub at: Micros,
     /// How it was.
     pub condition: Condition,
 }

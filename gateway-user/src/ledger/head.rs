@@ -132,6 +132,11 @@ impl Inputs {
         for seen in &self.spans {
             put(seen.span.from().0);
             put(seen.span.to().0);
+            put(if seen.condition == Condition::Running {
+                seen.at.0
+            } else {
+                0
+            });
             put(code(seen.condition));
         }
         hash(&bytes)
@@ -332,6 +337,7 @@ mod tests {
             |facts| facts.gap.prompt_tokens += 1,
             |facts| {
                 facts.spans.push(EngineSpan {
+                    at: window().start(),
                     span: Span::new(window().start(), window().span().to()),
                     condition: Condition::Down,
                 })

@@ -138,18 +138,19 @@ fn simplified(spans: &[EngineSpan]) -> Vec<EngineSpan> {
     for pair in cuts.windows(2) {
         let piece = Span::new(pair[0], pair[1]);
         let covers = |seen: &&EngineSpan| piece.within(seen.span) == piece;
-        let condition = spans.iter().filter(covers).map(|seen| seen.condition).max();
-        let Some(condition) = condition.filter(|condition| *condition != Condition::Up) else {
+        let seen = spans.iter().filter(covers).max_by_key(|seen| seen.condition);
+        let Some(seen) = seen.filter(|seen| seen.condition != Condition::Up) else {
             continue;
         };
+        // That it ran must be held against who ran at that moment.
+        let is_same = |last: &EngineSpan| {
+            last.condition == seen.condition && (last.condition != Condition::Running || last.at == seen.at)
+        };
         match simple.last_mut() {
-            Some(last) if last.condition == condition && last.span.to() == piece.from() => {
+            Some(last) if is_same(last) && last.span.to() == piece.from() => {
                 last.span = Span::new(last.span.from(), piece.to());
             }
-            _ => simple.push(EngineSpan {
-                span: piece,
-                condition,
-            }),
+            _ => simple.push(EngineSpan { span: piece, ..*seen }),
         }
     }
     simple
@@ -238,6 +239,7 @@ mod tests {
         let seen = |looks: &[Look]| Observers::of(looks.to_vec()).spans("a", window);
         let all_of_it = EngineSpan {
             span: window.span(),
+            at: at(15),
             condition: Condition::Down,
         };
         assert_eq!(seen(&looks), [all_of_it]);
@@ -248,8 +250,8 @@ mod tests {
     #[test]
     fn a_scrape_that_comes_later_and_says_the_same_changes_nothing() {
         let window = Window::at(at(0));
-        let first = look("a", 2, Condition::Running, 0);
-        let second = look("a", 12, Condition::Running, 0);
+        let first = look("a", 2, Condition::Loading, 0);
+        let second = look("a", 12, Condition::Loading, 0);
         let spans = |looks: Vec<Look>| Observers::of(looks).spans("a", window);
         assert_eq!(spans(vec![first.clone()]), spans(vec![first, second]));
     }

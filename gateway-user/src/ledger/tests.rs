@@ -109,6 +109,7 @@ fn is_running(row: &CostRow) -> bool {
 
 fn engine(spans: &[(Span, Condition)], counted: Option<Work>) -> EngineView {
     let seen = |(span, condition): &(Span, Condition)| EngineSpan {
+        at: Micros((span.from().0 + span.to().0) / 2),
         span: *span,
         condition: *condition,
     };
@@ -214,21 +215,38 @@ fn a_price_that_changes_within_the_window_counts_from_its_moment() {
 #[test]
 fn time_in_which_the_engine_runs_and_nobody_known_does_is_not_idle() {
     let run = segment("e", "search", span(0, 5 * SECOND_US), tokens(10, 10));
-    let view = engine(&[(span(3 * SECOND_US, 9 * SECOND_US), Condition::Running)], None);
+    let ran = |from, to| {
+        let view = engine(
+            &[(span(from * SECOND_US, to * SECOND_US), Condition::Running)],
+            None,
+        );
+        let rows = rows_of(
+            std::slice::from_ref(&run),
+            &view,
+            &nano_a_microsecond(),
+            &method(500_000, IdleTo::Separate),
+        );
+        rows.iter()
+            .find(|row| &*row.account.team_id == UNATTRIBUTED)
+            .map_or(0, |row| row.cost.0)
+    };
+    // Seen at the sixth second, when the known one had ended.
+    assert_eq!(ran(3, 9), 4_000_000);
+    // Seen while it ran: of the time behind it that says nothing.
+    assert_eq!(ran(0, 9), 0);
+    // Seen in the window behind, where the known one can have run.
+    assert_eq!(ran(14, 20), 0);
+    // Of a window without any, a look from outside tells all that is known.
+    let view = engine(&[(span(9 * SECOND_US, 25 * SECOND_US), Condition::Running)], None);
     let rows = rows_of(
-        &[run],
+        &[],
         &view,
         &nano_a_microsecond(),
         &method(500_000, IdleTo::Separate),
     );
     assert_eq!(
         by_team(&rows),
-        [
-            ("search", 5_000_000),
-            (UNATTRIBUTED, 4_000_000),
-            (IDLE, 6_000_000)
-        ]
-        .into()
+        [(UNATTRIBUTED, 6_000_000), (IDLE, 9_000_000)].into()
     );
 }
 
@@ -560,7 +578,7 @@ fn busy_us(segments: &[Segment], view: &EngineView) -> u64 {
     let running = view
         .spans
         .iter()
-        .filter(|seen| seen.condition == Condition::Running);
+        .filter(|seen| seen.condition == Condition::Running && tells_of_others(seen, segments));
     let used: Vec<Span> = segments
         .iter()
         .map(|segment| segment.run)
@@ -571,6 +589,18 @@ fn busy_us(segments: &[Segment], view: &EngineView) -> u64 {
         .filter(|piece| used.iter().any(|span| covers(*span, *piece)))
         .map(Span::len_us)
         .sum()
+}
+
+/// Whether an engine that ran did so for somebody who is not known: nobody who is ran within a quarter of a second, or, where the look is from
+/// outside the window, in all of it.
+fn tells_of_others(seen: &EngineSpan, segments: &[Segment]) -> bool {
+    let window = window().span();
+    let mut known = segments.iter().map(|segment| segment.run);
+    if seen.at < window.from() || seen.at >= window.to() {
+        return known.next().is_none();
+    }
+    known
+        .all(|run| run.is_empty() || run.to().0 + 250_000 <= seen.at.0 || run.from().0 >= seen.at.0 + 250_000)
 }
 
 fn pieces(spans: &[Span]) -> impl Iterator<Item = Span> + use<> {
