@@ -157,7 +157,7 @@ async fn a_server_that_is_well_is_described_and_its_engine_left_alone() {
         ("health", "/health answers 200"),
         ("version", "vLLM 0.32.0"),
         ("models", "tiny, alias"),
-        ("families", "14 of the 14 families"),
+        ("families", "15 of the 15 families"),
         ("engines", "tiny: one engine"),
         ("one server", "8 scrapes are of one process"),
         ("keep-alive", "kept longer than 0."),

@@ -44,6 +44,12 @@ enum Command {
     TestKernels,
     /// Cut the power of a machine under load, and compare what its disk has with what clients saw end.
     TestPowerCut,
+    /// Bill minutes of real traffic, and hold the bill against the engine: the tests do the same for less long.
+    TestBill {
+        /// How long there is traffic through the gateway alone; half as long follows with direct traffic beside it.
+        #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=60))]
+        minutes: u64,
+    },
     /// Measure; for a quiet machine, and no part of the tests.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -65,6 +71,7 @@ fn main() -> Result<()> {
         Command::Test => test::run(root),
         Command::TestKernels => test_kernels::run(root),
         Command::TestPowerCut => power_cut::run(root),
+        Command::TestBill { minutes } => test::bill(root, minutes),
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
         Command::CheckDashboards => dashboards::check(root),

@@ -9,6 +9,26 @@ use anyhow::Result;
 use crate::stage::{self, Stages};
 use crate::{clickhouse, dashboards, guest, power_cut, test_kernels, tools};
 
+/// Runs the test of a bill in real time for so many minutes.
+///
+/// # Errors
+/// When it fails, or what it needs cannot be had.
+pub fn bill(root: &Path, minutes: u64) -> Result<()> {
+    clickhouse::get()?;
+    let mut command = stage::cargo(root);
+    command.args([
+        "test",
+        "--locked",
+        "--package",
+        "gateway-user",
+        "--test",
+        "bill_live",
+        "--",
+        "--nocapture",
+    ]);
+    stage::run(command.env("VLLM_GATEWAY_BILL_SECONDS", (60 * minutes).to_string()))
+}
+
 /// Runs all stages in the workspace at `root`.
 ///
 /// # Errors

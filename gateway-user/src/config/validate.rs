@@ -77,6 +77,8 @@ pub(super) fn validate(config: &Config, findings: &mut Findings<'_>) {
     validate_upstreams(&config.upstreams, findings);
     validate_proxy(&config.proxy, findings);
     validate_database(&config.store.database, findings);
+    validate_days("store.raw_days", config.store.raw_days, findings);
+    validate_days("store.ledger_days", config.store.ledger_days, findings);
     validate_spool(&config.spool, findings);
     validate_ledger(&config.ledger, findings);
     if config.reconciliation.gap_share > Millionths::ONE {
@@ -326,6 +328,16 @@ fn validate_proxy(proxy: &ProxyConfig, findings: &mut Findings<'_>) {
             "proxy.max_connections",
             "expected at least 1, found 0: nobody could connect".to_owned(),
         );
+    }
+}
+
+/// Days that rows can be kept: ClickHouse counts their end in seconds of 32 bits, which are over in 2106. Beyond that it would come round to the past,
+/// and rows would be deleted as soon as they are there.
+const DAYS_MAX: u32 = 20_000;
+
+fn validate_days(path: &str, days: u32, findings: &mut Findings<'_>) {
+    if !(1..=DAYS_MAX).contains(&days) {
+        findings.refuse(path, format!("expected 1 to {DAYS_MAX} days, found {days}"));
     }
 }
 

@@ -105,7 +105,7 @@ const WAITS_MAX: u64 = 2;
 /// When a request was scheduled that arrived at `span`'s beginning, and generated so many tokens.
 ///
 /// What the engine says of it counts, up to the first content, or the end. Else it is estimated: it ran for as long as requests do, a prefill and as many
-/// tokens as it has, and had waited for the rest of its time, but never for more than [`WAITS_MAX`] times as long as requests do. Where it is not known
+/// tokens as it has, and had waited for the rest of its time, but never for more than twice as long as requests do. Where it is not known
 /// how long they run, one that is not streamed has waited as long as they do, and no more than half of its time. Where nothing is known there was
 /// no wait.
 pub fn scheduled(span: Span, prefilled: Option<Micros>, completion_tokens: u64, wait: Wait) -> Micros {

@@ -75,6 +75,13 @@ impl Installed {
         }
     }
 
+    /// Adds to its configuration (YAML).
+    pub fn configure(&self, more: &str) {
+        let file = self.dir.join("config.yaml");
+        let config = std::fs::read_to_string(&file).expect("its configuration");
+        std::fs::write(&file, config + more).expect("a file");
+    }
+
     /// Starts it.
     pub fn start(&self) -> Running {
         let mut child = Command::new(env!("CARGO_BIN_EXE_vllm-gateway"))
