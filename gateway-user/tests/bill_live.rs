@@ -9,9 +9,9 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::process::Child;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 use support::installed::{Installed, load};
-use support::{DEADLINE, Sim, exchange};
+use support::{DEADLINE, Sim, eventually, exchange};
 use vllm_gateway::ledger::{Micros, NanoUsd, Price, PriceList, Span, Window};
 
 /// Seconds of traffic through the gateway alone; half as much follows with direct traffic beside it.
@@ -20,10 +20,6 @@ const SECONDS: &str = "VLLM_GATEWAY_BILL_SECONDS";
 /// No probe, which would know of direct traffic. The ledger is looked at as soon as all is in it, long before it settles: what stands is right at any time, for
 /// what is known by then.
 const CONFIG: &str = "capture: proxy\nmetrics: {emit_interval: 5s}\n";
-
-/// The engine is at rest for so long at both edges of a phase, and is scraped meanwhile: what its counters grow by between two scrapes is spread evenly
-/// over the time in between, and would lie on both sides of an edge.
-const SCRAPED_WITHIN: Duration = Duration::from_millis(2_100);
 
 /// Some hundred milliseconds a request, so that the engine is idle now and then.
 #[rustfmt::skip] // Options in pairs.
@@ -200,7 +196,7 @@ async fn adds_up(site: &Installed, span: Span, bill: NanoUsd) {
 /// Runs loads from the beginning of a window, and waits for the beginning of the next one behind their end. The span in between.
 async fn phase(loads: &[(SocketAddr, usize, &[&str])], seconds: u64, site: &Installed) -> Span {
     let from = next_edge().await;
-    tokio::time::sleep(SCRAPED_WITHIN).await;
+    scraped(site, from).await;
     let duration = format!("{seconds}s");
     let children: Vec<Child> = loads
         .iter()
@@ -223,15 +219,24 @@ async fn phase(loads: &[(SocketAddr, usize, &[&str])], seconds: u64, site: &Inst
             .expect("no panic");
         assert!(status.expect("our own process").success());
     }
-    tokio::time::sleep(SCRAPED_WITHIN).await;
+    scraped(site, now()).await;
     Span::new(from, next_edge().await)
+}
+
+/// Waits until the engine was scraped after a moment. It is at rest then, at both edges of a phase: what its counters grow by between two scrapes is spread
+/// evenly over the time in between, and would lie on both sides of an edge.
+async fn scraped(site: &Installed, since: Micros) {
+    let later = format!(
+        "(SELECT count() > 0 FROM vllm_system_metrics WHERE ok AND toUnixTimestamp64Milli(scraped_at) > {})",
+        since.0.div_ceil(1_000)
+    );
+    site.until("a scrape", &later, 1).await;
 }
 
 /// Waits for the beginning of a window, and tells when that was.
 async fn next_edge() -> Micros {
     let edge = Window::at(now()).span().to();
-    let left = Duration::from_micros(edge.0.saturating_sub(now().0));
-    tokio::time::sleep(left).await;
+    eventually("the next window", async || (now() >= edge).then_some(())).await;
     edge
 }
 

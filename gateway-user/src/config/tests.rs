@@ -266,12 +266,12 @@ fn unknown_keys_have_their_line_and_the_nearest_known_key() {
 fn rows_are_kept_for_no_longer_than_clickhouse_can_count() {
     check_refused(
         "store: {raw_days: 20001}\n",
-        "test.yaml:1: store.raw_days: expected 1 to 20000 days, found 20001",
+        "c.yaml:1: `store.raw_days`: expected 1 to 20000 days, found 20001",
         "",
     );
     check_refused(
         "store: {ledger_days: 0}\n",
-        "test.yaml:1: store.ledger_days: expected 1 to 20000 days, found 0",
+        "c.yaml:1: `store.ledger_days`: expected 1 to 20000 days, found 0",
         "",
     );
 }
