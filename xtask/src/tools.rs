@@ -151,6 +151,22 @@ impl Tool {
         }
     }
 
+    /// A tool that one check alone takes, which is only made on Linux.
+    pub const fn for_tests(
+        name: &'static str,
+        probe: &'static [&'static str],
+        debian_package: &'static str,
+        needed_by: &'static str,
+    ) -> Tool {
+        Tool {
+            name,
+            probe,
+            debian_package,
+            brew_formula: "nothing, it is for Linux",
+            needed_by,
+        }
+    }
+
     /// Whether it is there.
     pub fn works(&self) -> bool {
         succeeds(self.probe)
