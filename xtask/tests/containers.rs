@@ -5,20 +5,18 @@
 //! stands in for ClickHouse's server, and Debian's Prometheus for the image's. Grafana is not run.
 #![cfg(target_os = "linux")]
 
-#[path = "containers/host.rs"]
 mod host;
 mod packaged;
 mod system;
 
 use std::collections::BTreeMap;
-use std::env;
 use std::fs;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use host::{Host, Process, Running, is_clean};
-use packaged::{Stage, list, program, root, seconds, stages, string, understood, words};
+use packaged::{Stage, engine, list, program, root, scratch, seconds, stages, string, understood, words};
 use serde_json::Value;
 use system::within_deadline;
 
@@ -163,30 +161,6 @@ fn mounts(service: &Value, stage: &Stage, compose: &Value, scratch: &Path) -> Ve
     mounts
 }
 
-/// ClickHouse's engine, which `cargo xtask get-clickhouse` fetches.
-fn engine() -> PathBuf {
-    let version = include_str!("../../gateway-user/src/store/embedded/libchdb.version").trim();
-    let cache = env::var_os("XDG_CACHE_HOME").map_or_else(
-        || Path::new(&env::var_os("HOME").expect("a home")).join(".cache"),
-        PathBuf::from,
-    );
-    let library = cache.join(format!("vllm-gateway/libchdb/{version}/libchdb.so"));
-    assert!(
-        library.exists(),
-        "cargo xtask get-clickhouse: {}",
-        library.display()
-    );
-    library
-}
-
-/// A directory that holds nothing of an earlier run.
-fn scratch() -> PathBuf {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("containers");
-    let _ = fs::remove_dir_all(&directory);
-    fs::create_dir_all(&directory).expect("a writable directory");
-    directory
-}
-
 fn is_healthy(host: &Host, service: &Service) -> bool {
     let check = Process {
         words: service.health_check.clone(),
@@ -241,7 +215,7 @@ fn query(host: &Host, metric: &str) -> Vec<(Value, f64)> {
 
 #[test]
 fn what_the_images_run_works_as_compose_starts_it() {
-    let scratch = scratch();
+    let scratch = scratch("containers");
     let understood = understood("containers", &[("GATEWAY_ADMIN_TOKEN", TOKEN)]);
     let compose: Value =
         serde_json::from_slice(&fs::read(understood.join("compose.json")).expect("a file")).expect("JSON");
@@ -323,6 +297,60 @@ fn ends_in_time(compose: &Value, mut gateway: Running) {
     let status = within_deadline("the gateway ends", || gateway.has_ended());
     assert!(is_clean(status), "{status}");
     assert!(started.elapsed() < Duration::from_secs(grace));
+}
+
+/// Kubernetes gives added capabilities to root alone, whom all others are taken from; the chart's pod for taps is such a one.
+#[test]
+fn a_tap_s_pod_has_the_rights_that_it_needs() {
+    let understood = understood("tap-pod", &[]);
+    let rendered = fs::read_to_string(understood.join("everything.yaml")).expect("a file");
+    let manifests = packaged::documents(&rendered);
+    let of_kind = |kind: &str| {
+        manifests
+            .iter()
+            .find(|manifest| manifest["kind"] == kind)
+            .expect("it is there")
+    };
+    let pod = &of_kind("DaemonSet")["spec"]["template"]["spec"]["containers"][0];
+    let scratch = scratch("tap-pod");
+    let (config, state) = (scratch.join("config.yaml"), scratch.join("state"));
+    // The cluster's names lead nowhere here, and its cgroups are others.
+    fs::write(&config, "capture: tap\nstore: {url: none}\n").expect("a writable directory");
+    fs::create_dir(&state).expect("a writable directory");
+    let mounted = |index: usize| string(pod, &format!("/volumeMounts/{index}/mountPath")).to_owned();
+    assert_eq!(
+        mounted(2),
+        "/sys/fs/cgroup",
+        "the node's control groups, which are only read"
+    );
+    let mounts = [
+        (config, format!("{}/config.yaml", mounted(0))),
+        (state, mounted(1)),
+    ];
+    let host = Host::start(&scratch, &[program("vllm-gateway")], &[], &mounts);
+    let process = Process {
+        words: [vec!["vllm-gateway".to_owned()], words(pod, "/args")].concat(),
+        environment: [
+            ("GATEWAY_CAPTURE", "tap"),
+            ("SPOOL_DIR", "/var/lib/vllm-gateway/spool"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into(),
+        user: "0:0".to_owned(),
+        working_directory: "/".to_owned(),
+        capabilities: words(pod, "/securityContext/capabilities/add")
+            .iter()
+            .map(|name| name.to_ascii_lowercase())
+            .collect(),
+    };
+    let mut tap = host.spawn("tap", &process);
+    within_deadline("the tap is ready", || {
+        assert_eq!(tap.has_ended(), None, "see {}", scratch.join("tap.log").display());
+        host.page("http://127.0.0.1:9464/ready", &[])
+    });
+    tap.terminate();
+    let status = within_deadline("the tap ends", || tap.has_ended());
+    assert!(is_clean(status), "{status}");
 }
 
 #[test]

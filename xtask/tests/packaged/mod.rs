@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "no test uses all of it")]
 
 use std::collections::BTreeMap;
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -178,4 +179,28 @@ pub fn seconds(time: &str) -> u64 {
         .strip_suffix('s')
         .unwrap_or_else(|| panic!("{time}: in seconds"));
     number.parse().unwrap_or_else(|_| panic!("{time}: in seconds"))
+}
+
+/// ClickHouse's engine, which `cargo xtask get-clickhouse` fetches.
+pub fn engine() -> PathBuf {
+    let version = include_str!("../../../gateway-user/src/store/embedded/libchdb.version").trim();
+    let cache = env::var_os("XDG_CACHE_HOME").map_or_else(
+        || Path::new(&env::var_os("HOME").expect("a home")).join(".cache"),
+        PathBuf::from,
+    );
+    let library = cache.join(format!("vllm-gateway/libchdb/{version}/libchdb.so"));
+    assert!(
+        library.exists(),
+        "cargo xtask get-clickhouse: {}",
+        library.display()
+    );
+    library
+}
+
+/// A directory that holds nothing of an earlier run.
+pub fn scratch(test: &str) -> PathBuf {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(test);
+    let _ = fs::remove_dir_all(&directory);
+    fs::create_dir_all(&directory).expect("a writable directory");
+    directory
 }

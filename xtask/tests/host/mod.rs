@@ -1,8 +1,9 @@
-//! A machine of its own for containers whose images cannot be built: namespaces for its network and its mounts, a root directory that is made of
+//! A machine of its own, for containers whose images cannot be built and for a unit of a systemd that does not run: namespaces for its network and its mounts, a root directory that is made of
 //! this machine's programs, and names of hosts that all lead to it.
 //!
 //! What is as in containers: names, ports, paths, users, no capabilities, nothing that can be written but volumes. What is not: all of them share
 //! one root directory and one loopback interface, so that each service needs ports of its own; and libraries are this machine's.
+#![allow(dead_code, reason = "no test uses all of it")]
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -34,6 +35,10 @@ for name in usr bin sbin lib lib64 dev proc sys; do
         mount --rbind "/$name" "$root/$name"
     fi
 done
+# Seen and read, and no more, as in containers and under ProtectControlGroups=.
+for point in $(awk '/ - cgroup2 /{print $5}' /proc/self/mountinfo); do
+    case $point in "$root"/*) mount -o remount,bind,ro "$point" ;; esac
+done
 mount --bind "$programs" "$root/usr/local/bin"
 mkdir -m 755 "$root/etc" "$root/tmp" "$root/run"
 cp "$programs/hosts" "$root/etc/hosts"
@@ -61,6 +66,8 @@ pub struct Process {
     /// Numbers of user and group.
     pub user: String,
     pub working_directory: String,
+    /// As setpriv(1) names them; all others are out of reach.
+    pub capabilities: Vec<String>,
 }
 
 /// A process that is ended with the test.
@@ -122,18 +129,21 @@ impl Host {
     /// The command that runs a process in there.
     fn command(&self, process: &Process) -> Command {
         let (user, group) = process.user.split_once(':').expect("user and group");
+        let capabilities = process
+            .capabilities
+            .iter()
+            .fold("-all".to_owned(), |all, capability| {
+                format!("{all},+{capability}")
+            });
         let mut command = Command::new("nsenter");
         command
             .args(["--target", &self.init.id().to_string(), "--net", "--mount"])
             .args(["chroot".as_ref(), self.root.as_os_str()])
             .args(["setpriv", "--reuid", user, "--regid", group, "--clear-groups"])
-            .args([
-                "--inh-caps=-all",
-                "--bounding-set=-all",
-                "--no-new-privs",
-                "--pdeathsig",
-                "KILL",
-            ])
+            .args(
+                ["--inh-caps", "--ambient-caps", "--bounding-set"].map(|set| format!("{set}={capabilities}")),
+            )
+            .args(["--no-new-privs", "--pdeathsig", "KILL"])
             .args(["env", "-i", "-C", &process.working_directory])
             .arg(format!("PATH={PATH}"))
             .args(
