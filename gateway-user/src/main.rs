@@ -13,6 +13,7 @@ use vllm_gateway::bookkeeper::{self, job::Bookkeeper};
 use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
 use vllm_gateway::config::{Config, EXIT_CONFIG, LogConfig, LogFormat};
 use vllm_gateway::gateway::{self, Gateway};
+use vllm_gateway::limits::account::BudgetKeeper;
 use vllm_gateway::store::embedded;
 use vllm_gateway::store::service::StoreService;
 use vllm_gateway::trial::{self, TryArgs};
@@ -123,6 +124,7 @@ fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCo
     if let Some(bookkeeper) = &bookkeeper {
         gateway.metrics().show_ledger(bookkeeper.stats())?;
     }
+    let budgets = BudgetKeeper::of(gateway.config(), gateway.limiter(), store.as_ref());
     let clients = gateway.client_addr().map(|addr| addr.to_string());
     let admin = gateway.admin_addr();
     gateway.runtime()?.block_on(async {
@@ -131,7 +133,11 @@ fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCo
         up(&gateway);
         let storing = store.map(|store| store.start(program, environment));
         let bookkeeping = bookkeeper.map(Bookkeeper::start);
+        let keeping = budgets.map(BudgetKeeper::start);
         let cut_off = gateway.run(stop).await?;
+        if let Some(keeping) = keeping {
+            keeping.finish();
+        }
         if let Some(bookkeeping) = bookkeeping {
             bookkeeping.finish().await;
         }
