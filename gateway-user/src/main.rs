@@ -12,6 +12,7 @@ use vllm_gateway::cli::{self, Cli, Command};
 use vllm_gateway::command::{self, Answer, ConfigSource, Failure, exit};
 use vllm_gateway::config::Config;
 use vllm_gateway::gateway::{self, Gateway};
+use vllm_gateway::limits::account::BudgetKeeper;
 use vllm_gateway::store::embedded;
 use vllm_gateway::store::service::StoreService;
 use vllm_gateway::trial::{self, TryArgs};
@@ -110,6 +111,7 @@ fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCo
     if let Some(bookkeeper) = &bookkeeper {
         gateway.metrics().show_ledger(bookkeeper.stats())?;
     }
+    let budgets = BudgetKeeper::of(gateway.config(), gateway.limiter(), store.as_ref());
     let clients = gateway.client_addr().map(|addr| addr.to_string());
     let admin = gateway.admin_addr();
     gateway.runtime()?.block_on(async {
@@ -118,7 +120,11 @@ fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCo
         up(&gateway);
         let storing = store.map(|store| store.start(program, environment));
         let bookkeeping = bookkeeper.map(Bookkeeper::start);
+        let keeping = budgets.map(BudgetKeeper::start);
         let cut_off = gateway.run(stop).await?;
+        if let Some(keeping) = keeping {
+            keeping.finish();
+        }
         if let Some(bookkeeping) = bookkeeping {
             bookkeeping.finish().await;
         }
