@@ -15,6 +15,7 @@ mod http;
 #[allow(dead_code, reason = "one of its functions is needed here")]
 mod net;
 mod power_cut;
+mod reference;
 mod stage;
 mod test;
 mod test_kernels;
@@ -57,6 +58,8 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Check the Grafana dashboards against Grafana's own types (fetched once, with npm).
     CheckDashboards,
+    /// Write docs/CONFIG.md, docs/METRICS.md and docs/TABLES.md anew, after a change to a key, a metric or a column.
+    Reference,
     /// Compile the kernel probe anew, after a change to its sources.
     BuildEbpf,
     /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
@@ -75,6 +78,7 @@ fn main() -> Result<()> {
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
         Command::CheckDashboards => dashboards::check(root),
+        Command::Reference => reference::write(root),
         Command::BuildEbpf => build_ebpf::run(root),
         Command::GetClickhouse => clickhouse::get(),
     }
