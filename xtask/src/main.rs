@@ -1,8 +1,10 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
 mod bench;
+mod beside;
 mod build_ebpf;
 mod cache;
+mod check_targets;
 mod clickhouse;
 mod dashboards;
 mod dev;
@@ -19,6 +21,7 @@ mod stage;
 mod test;
 mod test_kernels;
 mod tidy;
+mod toolchain;
 mod tools;
 mod watched;
 
@@ -57,6 +60,8 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Check the Grafana dashboards against Grafana's own types (fetched once, with npm).
     CheckDashboards,
+    /// Check that the code compiles, without warnings, on the other systems that it is for.
+    CheckTargets,
     /// Compile the kernel probe anew, after a change to its sources.
     BuildEbpf,
     /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
@@ -75,6 +80,7 @@ fn main() -> Result<()> {
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
         Command::CheckDashboards => dashboards::check(root),
+        Command::CheckTargets => check_targets::run(root),
         Command::BuildEbpf => build_ebpf::run(root),
         Command::GetClickhouse => clickhouse::get(),
     }

@@ -24,7 +24,7 @@ pub struct Tool {
 }
 
 /// What the tests call.
-pub const FOR_TESTS: [Tool; 4] = [
+pub const FOR_TESTS: [Tool; 5] = [
     Tool {
         name: "promtool",
         probe: &["promtool", "--version"],
@@ -53,6 +53,13 @@ pub const FOR_TESTS: [Tool; 4] = [
         debian_package: "chromium",
         brew_formula: "chromium",
         needed_by: "the test of the console in a browser",
+    },
+    Tool {
+        name: "shellcheck",
+        probe: &["shellcheck", "--version"],
+        debian_package: "shellcheck",
+        brew_formula: "shellcheck",
+        needed_by: "the check of the shell scripts",
     },
 ];
 
@@ -136,8 +143,8 @@ pub fn ensure_installed(tools: &[Tool]) -> Result<()> {
 }
 
 impl Tool {
-    /// A tool that only building the kernel probe takes.
-    pub const fn for_probe(
+    /// A part of a compiler for targets whose standard library is not installed, or of the linker of the kernel probe.
+    pub const fn of_toolchain(
         name: &'static str,
         probe: &'static [&'static str],
         debian_package: &'static str,
@@ -147,7 +154,7 @@ impl Tool {
             probe,
             debian_package,
             brew_formula: "rustup",
-            needed_by: "building the kernel probe",
+            needed_by: "building the kernel probe, and checking the code for other systems,",
         }
     }
 
