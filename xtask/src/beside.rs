@@ -8,8 +8,12 @@ use std::process::{Child, Command, Stdio, id};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, setpriority_process};
 
 use crate::stage::Stages;
+
+/// Well behind the usual 0, and not at the very end (19), so that it gets on.
+const NICENESS: i32 = 10;
 
 /// What runs. It is killed when nobody waits for it any more.
 #[derive(Debug)]
@@ -42,6 +46,13 @@ impl Beside {
             output,
             started: Instant::now(),
         })
+    }
+
+    /// Has it give way to whatever else wants to compute; so will all that it starts from now on. A mere wish: it fails for who is further
+    /// behind already, and stays there.
+    pub fn behind(self) -> Self {
+        let _ = setpriority_process(Some(Pid::from_child(&self.child)), NICENESS);
+        self
     }
 
     /// Waits for its end, prints what it said, and adds its time to `stages`.
@@ -97,9 +108,18 @@ mod tests {
     }
 
     #[test]
+    fn who_gives_way_has_the_lower_priority() {
+        let endless = Beside::start("humble one", &mut shell("exec sleep 600")).expect("a shell");
+        let endless = endless.behind();
+        let pid = Pid::from_child(&endless.child);
+        let niceness = rustix::process::getpriority_process(Some(pid)).expect("it runs");
+        assert_eq!(niceness, NICENESS);
+    }
+
+    #[test]
     fn whoever_is_not_waited_for_is_gone() {
         let endless = Beside::start("endless one", &mut shell("exec sleep 600")).expect("a shell");
-        let pid = rustix::process::Pid::from_child(&endless.child);
+        let pid = Pid::from_child(&endless.child);
         drop(endless);
         assert!(rustix::process::test_kill_process(pid).is_err());
     }

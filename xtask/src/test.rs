@@ -12,9 +12,10 @@ use crate::check_targets::{self, Compiler};
 use crate::stage::{self, Stages};
 use crate::{clickhouse, dashboards, guest, power_cut, test_kernels, tools};
 
-/// Integration tests that take a minute and more, in which they mostly wait: for windows of real time to pass, or for something to give up. Each has
-/// programs, ports and a store of its own.
-const WAITING: [&str; 3] = ["bill_live", "store_faults", "dashboards_live"];
+/// Integration tests that take a minute and more, in which they mostly wait: for something to give up, or to be noticed. Each has programs, ports and a
+/// store of its own. Not among them is `bill_live`, which waits as long: it compares times to some per cent, and was seen to fail on a machine
+/// that did much else.
+const WAITING: [&str; 2] = ["store_faults", "dashboards_live"];
 
 /// Runs the test of a bill in real time for so many minutes.
 ///
@@ -80,15 +81,15 @@ pub fn run(root: &Path) -> Result<()> {
         "doc tests",
         &mut cargo(&["test", "--workspace", "--locked", "--doc"]),
     )?;
-    // A guest has one processor; this takes what the others have.
-    let targets = Beside::start("other targets", &mut check_targets::command(compiler, root)?)?;
+    // A guest has one processor, and tests that wait take none: this takes what they leave.
+    let targets = Beside::start("other targets", &mut check_targets::command(compiler, root)?)?.behind();
     let kernels = guest::kernels()?;
     if let Some(oldest) = kernels.first() {
         stages.time("kernels", || test_kernels::on(&kernels, root))?;
         stages.time("power cut", || power_cut::with(oldest, root))?;
     }
-    targets.finish(&mut stages)?;
     let others = wait_together(root, &mut stages)?;
+    targets.finish(&mut stages)?;
     println!("\n{stages}\n── tests (their seconds are in their own results)");
     let rest = ["test", "--workspace", "--locked", "--lib", "--bins"];
     stage::run(cargo(&rest).args(others.iter().flat_map(|name| ["--test", name])))
