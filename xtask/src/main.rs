@@ -1,8 +1,10 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
 mod bench;
+mod beside;
 mod build_ebpf;
 mod cache;
+mod check_targets;
 mod clickhouse;
 mod dashboards;
 mod dev;
@@ -22,6 +24,7 @@ mod stage;
 mod test;
 mod test_kernels;
 mod tidy;
+mod toolchain;
 mod tools;
 mod watched;
 
@@ -64,6 +67,8 @@ enum Command {
     CheckPackaging(packaging::Options),
     /// Write docs/CONFIG.md, docs/METRICS.md and docs/TABLES.md anew, after a change to a key, a metric or a column.
     Reference,
+    /// Check that the code compiles, without warnings, on the other systems that it is for.
+    CheckTargets,
     /// Compile the kernel probe anew, after a change to its sources.
     BuildEbpf,
     /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
@@ -84,6 +89,7 @@ fn main() -> Result<()> {
         Command::CheckDashboards => dashboards::check(root),
         Command::CheckPackaging(options) => packaging::check(root, &options),
         Command::Reference => reference::write(root),
+        Command::CheckTargets => check_targets::run(root),
         Command::BuildEbpf => build_ebpf::run(root),
         Command::GetClickhouse => clickhouse::get(),
     }
