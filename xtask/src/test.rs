@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::stage::{self, Stages};
-use crate::{clickhouse, dashboards, guest, power_cut, test_kernels, tools};
+use crate::{clickhouse, dashboards, guest, packaging, power_cut, test_kernels, tools};
 
 /// Runs the test of a bill in real time for so many minutes.
 ///
@@ -43,6 +43,9 @@ pub fn run(root: &Path) -> Result<()> {
     stages.time("tools", || tools::ensure_installed(&tools::FOR_TESTS))?;
     stages.time("clickhouse", clickhouse::get)?;
     stages.time("dashboards", || dashboards::check(root))?;
+    stages.time("packaging", || {
+        packaging::check(root, &packaging::Options::default())
+    })?;
     stages.command("format", &mut cargo(&["fmt", "--all", "--check"]))?;
     let clippy = [
         "clippy",
