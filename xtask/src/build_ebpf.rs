@@ -35,7 +35,7 @@ const LINKER_VERSION: &str = "0.13.0";
 const DEBIAN_LLVM: (&str, &str) = ("/usr/lib/llvm-22", "llvm-22");
 
 /// A compiler for a target whose standard library nobody ships: unstable, and with the library's sources.
-enum Toolchain {
+pub enum Toolchain {
     /// rustup's nightly, with the component `rust-src`.
     Nightly,
     /// Debian's own, which brings its sources, and may do unstable things when it is asked to.
@@ -126,6 +126,19 @@ impl Toolchain {
         Ok(Toolchain::Debian)
     }
 
+    /// Debian's, which is installed where that is possible.
+    ///
+    /// # Errors
+    /// When it is not there and cannot be had.
+    pub fn debian() -> Result<Toolchain> {
+        tools::ensure_installed(&FOR_DEBIAN)?;
+        ensure!(
+            FOR_DEBIAN.iter().all(Tool::works),
+            "this takes a compiler that can build Rust's own library: what is listed above"
+        );
+        Ok(Toolchain::Debian)
+    }
+
     fn ensure_linker(&self, root: &Path) -> Result<()> {
         let probe = Command::new("bpf-linker").arg("--version").output();
         if probe.is_ok_and(|output| output.status.success()) {
@@ -146,7 +159,7 @@ impl Toolchain {
     }
 
     /// Its cargo, free of what the running one passes on.
-    fn cargo(&self) -> Command {
+    pub fn cargo(&self) -> Command {
         let mut command = match self {
             Toolchain::Nightly => {
                 let mut command = Command::new("rustup");
