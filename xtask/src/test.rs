@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::beside::Beside;
 use crate::check_targets::{self, Compiler};
 use crate::stage::{self, Stages};
-use crate::{clickhouse, dashboards, guest, power_cut, test_kernels, tools};
+use crate::{clickhouse, dashboards, guest, packaging, power_cut, test_kernels, tools};
 
 /// Integration tests that take a minute and more, in which they mostly wait: for something to give up, or to be noticed. Each has programs, ports and a
 /// store of its own. Not among them is `bill_live`, which waits as long: it compares times to some per cent, and was seen to fail on a machine
@@ -53,6 +53,9 @@ pub fn run(root: &Path) -> Result<()> {
     let compiler = stages.time("compilers", Compiler::find)?;
     stages.time("clickhouse", clickhouse::get)?;
     stages.time("dashboards", || dashboards::check(root))?;
+    stages.time("packaging", || {
+        packaging::check(root, &packaging::Options::default())
+    })?;
     stages.command("format", &mut cargo(&["fmt", "--all", "--check"]))?;
     let clippy = [
         "clippy",

@@ -39,6 +39,14 @@ impl Toolchain {
         if has_nightly_sources() {
             return Ok(Toolchain::Nightly);
         }
+        Toolchain::debian()
+    }
+
+    /// Debian's, which is installed where that is possible.
+    ///
+    /// # Errors
+    /// As those of [`Toolchain::find`].
+    pub fn debian() -> Result<Toolchain> {
         tools::ensure_installed(&FOR_DEBIAN)?;
         ensure!(
             FOR_DEBIAN.iter().all(Tool::works),
