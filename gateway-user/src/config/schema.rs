@@ -105,6 +105,12 @@ pub struct AdminToken {
     pub scope: TokenScope,
 }
 
+impl AdminToken {
+    /// Least length of one that the environment gives: nobody guesses 16 random bytes, and a word is no token. Of one in the file only the digest
+    /// is known, which tells no length.
+    pub const BYTES_MIN: usize = 16;
+}
+
 /// Section `identity`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct IdentityConfig {
@@ -204,7 +210,7 @@ pub struct UsageConfig {
 pub struct MetricsConfig {
     /// Teams with metric series of their own; the others share `__other__`. Default 1000. Events keep every team.
     pub max_teams: u32,
-    /// Length of a window, and time between two writes of it. Default 15 s.
+    /// Time between two cycles of the ledger. Default 15 s, the length of its windows, which is fixed.
     #[serde(serialize_with = "serialize_duration")]
     pub emit_interval: Duration,
 }
