@@ -178,7 +178,14 @@ async fn without_clickhouse_a_gateway_goes_on_by_its_own_count_and_knows_its_spo
     let store = format!("url: \"http://{clickhouse}\"");
     let installed = Installed::with_store("budget-alone", sim.addr, clickhouse, &store);
     let budget_nano_usd = 10 * REQUEST_NANO_USD_MAX;
-    installed.configure(&budget(budget_nano_usd));
+    // Entries only, so that ClickHouse is asked for these teams alone, also for one whose name is no easy one to quote.
+    let entries =
+        [r"red", r"blue", r"it's\\o'neil"].map(|team| format!("{{team: \"{team}\", budget: *budget}}"));
+    let usd = budget_nano_usd as f64 / 1e9;
+    installed.configure(&format!(
+        "metrics: {{emit_interval: 200ms}}\nlimits:\n  default:\n    budget: ~\n  teams:\n    - {{team: other, budget: &budget {{usd: {usd}}}}}\n{}",
+        entries.map(|entry| format!("    - {entry}\n")).concat()
+    ));
     // Nobody is there.
     let gateway = installed.start();
     let passed = spend(gateway.clients, "red").await;
