@@ -83,6 +83,7 @@ fn families(dir: &Path) -> Vec<Family> {
         .show_ledger(Arc::new(LedgerStats::default()))
         .expect("the ledger's families");
     metrics.show_tap(Weak::new()).expect("the tap's families");
+    metrics.show_limits(Weak::new()).expect("the limits' families");
     metrics.families()
 }
 
