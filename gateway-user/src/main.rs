@@ -121,7 +121,7 @@ fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCo
         gateway.show_store(store.counts())?;
     }
     if let Some(bookkeeper) = &bookkeeper {
-        gateway.metrics().show_ledger(bookkeeper.stats())?;
+        gateway.show_ledger(bookkeeper.stats())?;
     }
     let clients = gateway.client_addr().map(|addr| addr.to_string());
     let admin = gateway.admin_addr();

@@ -139,6 +139,8 @@ fn under_traffic(browser: &mut Browser, runtime: &tokio::runtime::Runtime, axe: 
     load.ends();
     figures_are_those_of_the_metrics(browser, runtime, &gateway);
 
+    costs_stand_beside_the_books(browser, axe);
+
     drop(other);
     let seen = browser.until(
         "the killed upstream",
@@ -182,6 +184,38 @@ fn under_traffic(browser: &mut Browser, runtime: &tokio::runtime::Runtime, axe: 
     browser
         .complaints
         .retain(|complaint| !complaint.contains("net::ERR_"));
+}
+
+/// With figures made up, since they take a store: that they are those of `/metrics` is tested where one runs.
+fn costs_stand_beside_the_books(browser: &mut Browser, axe: &str) {
+    assert_eq!(
+        browser.value("document.getElementById('costs').hidden"),
+        true,
+        "no books are kept"
+    );
+    browser.value(
+        "(() => { document.getElementById('pause').click(); const hour = { from_us: 0, to_us: 3600e6, unattributed_nano_usd: 1e7, loading_nano_usd: 0, \
+         down_nano_usd: 2e8, scaled_to_zero_nano_usd: 0 }; renderBooks({ ...state.snapshot.reconciliation, costs: [ \
+         { ...hour, upstream: 'chat-1', teams_nano_usd: 29e7, idle_nano_usd: 2e9 }, { ...hour, upstream: 'chat-2', teams_nano_usd: 5e8, idle_nano_usd: 0 }] }); })()",
+    );
+    for (field, expected) in [
+        ("cost", "2.50"),
+        ("teams", "0.29"),
+        ("idle", "2.00"),
+        ("idle_share", "80\u{202f}%"),
+        ("unattributed", "0.010"),
+        ("away", "0.20"),
+    ] {
+        assert_eq!(
+            browser.value(&cell("cost-table", "chat-1", field)),
+            expected,
+            "{field}"
+        );
+    }
+    assert_eq!(browser.value(&cell("cost-table", "chat-2", "idle")), "0");
+    axe_finds_nothing(browser, axe, "with costs");
+    browser.value("document.getElementById('pause').click()");
+    browser.until("none again", "document.getElementById('costs').hidden");
 }
 
 fn pictures(browser: &mut Browser) {

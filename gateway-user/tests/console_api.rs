@@ -163,6 +163,7 @@ async fn what_is_described_is_what_is_served() {
     let absent = |path: &str| {
         path.starts_with("reconciliation.tap.")
             || path.starts_with("reconciliation.store.")
+            || path.starts_with("reconciliation.costs[].")
             || path.ends_with("likely_causes[]")
     };
     let expected: BTreeSet<String> = described.iter().filter(|path| !absent(path)).cloned().collect();
@@ -171,9 +172,10 @@ async fn what_is_described_is_what_is_served() {
     assert_eq!(
         (
             fields_of("reconciliation.tap."),
-            fields_of("reconciliation.store.")
+            fields_of("reconciliation.store."),
+            fields_of("reconciliation.costs[].")
         ),
-        (7, 7)
+        (7, 7, 9)
     );
 }
 

@@ -340,6 +340,19 @@ const engineTable = new Table("engine-table", [
   { key: "verdict", label: "Adds up", className: "text narrow", show: (e) => (!e.gap_exceeded ? "✓ yes" : "✕ " + (e.likely_causes.map(causeText).join(", ") || "no")), mark: (e) => (e.gap_exceeded ? "bad" : "good") },
 ]);
 
+const costOf = (c) => c.teams_nano_usd + c.idle_nano_usd + c.unattributed_nano_usd + c.loading_nano_usd + c.down_nano_usd + c.scaled_to_zero_nano_usd;
+const costText = (nanoUsd) => usd(nanoUsd / 1e9);
+
+const costTable = new Table("cost-table", [
+  { key: "upstream", label: "USD of", className: "text", isName: true, show: (c) => c.upstream },
+  { key: "cost", label: "Cost", title: "Price times time of the hour’s booked windows", show: (c) => costText(costOf(c)) },
+  { key: "teams", label: "Teams", title: "What teams’ requests took", show: (c) => costText(c.teams_nano_usd) },
+  { key: "idle", label: "Idle", title: "Time in which nobody used it, whoever pays for that", show: (c) => costText(c.idle_nano_usd) },
+  { key: "idle_share", label: "Idle share", className: "text", kind: meter, show: (c) => (costOf(c) ? c.idle_nano_usd / costOf(c) : null) },
+  { key: "unattributed", label: "Unattributed", className: "narrow", title: "What no known request asked for", show: (c) => costText(c.unattributed_nano_usd) },
+  { key: "away", label: "Loading or away", className: "mid", title: "Loading its model, down, or scaled to zero", show: (c) => costText(c.loading_nano_usd + c.down_nano_usd + c.scaled_to_zero_nano_usd) },
+]);
+
 // ---- lists of terms
 
 class Terms {
@@ -490,6 +503,12 @@ function renderBooks(books) {
   setHidden(byId("books"), !books);
   if (!books) return;
   engineTable.show(books.engines, (engine) => engine.upstream);
+  const costs = books.costs || [];
+  setHidden(byId("costs"), costs.length === 0);
+  costTable.show(costs, (cost) => cost.upstream);
+  // A younger upstream has less than an hour.
+  const shortest = costs.reduce((least, cost) => Math.min(least, cost.to_us - cost.from_us), 3.6e9);
+  setText(byId("costs-note"), `Cost of the last ${shortest < 3.6e9 ? span(shortest / 1e6) : "hour"}, in USD, by what it was for.`);
   const entries = [];
   if (books.tap) {
     entries.push(
