@@ -7,6 +7,7 @@ use crate::config::TokenScope;
 use crate::config::{Capture, Config, RuntimeKind};
 use crate::correlate::Beside;
 use crate::event::{EventSink, Sinks};
+use crate::limits::Limiter;
 use crate::live::{Live, View};
 use crate::metrics::{Limits, Metrics, MetricsError};
 use crate::net::{self, BindError};
@@ -72,8 +73,14 @@ impl Gateway {
             (capture, _) => capture,
         });
         let live = Arc::new(live(&config, &metrics));
-        // The live state takes its labels from the metrics, which must have seen an event by then.
-        let own: [Arc<dyn EventSink>; 2] = [Arc::new(metrics.clone()), Arc::clone(&live) as _];
+        let limiter = Arc::new(Limiter::new(&config.limits, metrics.clone()));
+        metrics.show_limits(Arc::downgrade(&limiter))?;
+        // The live state and the limits take their labels from the metrics, which must have seen an event by then.
+        let own: [Arc<dyn EventSink>; 3] = [
+            Arc::new(metrics.clone()),
+            Arc::clone(&live) as _,
+            Arc::clone(&limiter) as _,
+        ];
         let books = Books::new(&config, Sinks::new(own.into_iter().chain(outlets.events)));
         let tap = source.map(|source| Arc::new(Agent::new(&config, source, &books, outlets.timings)));
         if let Some(tap) = &tap {
@@ -82,7 +89,7 @@ impl Gateway {
         let waits = Arc::clone(&books.waits) as Arc<dyn SampleSink>;
         let beside = tap.clone().map(|tap| tap as Arc<dyn Beside>);
         let own_samples = [waits, Arc::clone(&live) as _];
-        let shared = Shared::new(config, metrics.clone(), books, beside);
+        let shared = Shared::new(config, metrics.clone(), books, limiter, beside);
         let clients = listeners.first().and_then(|listener| listener.local_addr().ok());
         let seen_by_tap = tap.as_ref().map(Arc::downgrade);
         let view = Arc::new(View::new(live, Arc::clone(&shared), clients, seen_by_tap));

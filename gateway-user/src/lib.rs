@@ -16,6 +16,7 @@ pub mod gateway;
 pub mod identity;
 pub mod ids;
 pub mod ledger;
+pub mod limits;
 pub mod live;
 pub mod metrics;
 pub mod net;

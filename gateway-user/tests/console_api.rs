@@ -128,7 +128,9 @@ fn paths(value: &Value, path: &str, into: &mut BTreeSet<String>) {
 #[tokio::test]
 async fn what_is_described_is_what_is_served() {
     let sim = Sim::start(&["--model", "tiny", "--instant"]);
-    let gateway = TestGateway::before(sim.addr, None, "vllm: {scrape_interval: 100ms}\n");
+    let limits = "limits: {default: {requests_per_minute: 60, tokens_per_minute: 100000, concurrent_requests: 9, budget: {usd: 5}}}";
+    let more = format!("vllm: {{scrape_interval: 100ms}}\n{limits}\n");
+    let gateway = TestGateway::before(sim.addr, None, &more);
     send(&gateway, "search", 2).await;
     // Once the engine was scraped there is something in each list.
     eventually("the models of the engine", async || {

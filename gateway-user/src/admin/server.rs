@@ -136,6 +136,7 @@ mod tests {
     use crate::books::Books;
     use crate::config::Config;
     use crate::event::Sinks;
+    use crate::limits::Limiter;
     use crate::live::Live;
     use crate::metrics::Limits;
     use crate::proxy::Shared;
@@ -156,7 +157,8 @@ mod tests {
         let config = Config::default();
         let live = Arc::new(Live::new(metrics.clone(), [], []));
         let books = Books::new(&config, Sinks::new([]));
-        let shared = Shared::new(config, metrics.clone(), books, None);
+        let limiter = Arc::new(Limiter::new(&config.limits, metrics.clone()));
+        let shared = Shared::new(config, metrics.clone(), books, limiter, None);
         let view = Arc::new(View::new(live, shared, None, None));
         let config = AdminConfig {
             listen: addr,

@@ -12,6 +12,7 @@
 
 pub mod env;
 pub mod error;
+mod limits;
 mod read;
 mod schema;
 mod setting;
@@ -28,6 +29,7 @@ use std::path::Path;
 pub use env::Env;
 pub(crate) use error::quote;
 pub use error::{ConfigError, EXIT_CONFIG, Place, Problem};
+pub use limits::{BudgetConfig, LimitsConfig, TeamEntry, TeamLimits};
 pub use schema::{
     AdminConfig, AdminToken, Config, GatewayConfig, IdentityConfig, LedgerConfig, LogConfig, MetricsConfig,
     ProxyConfig, ReconciliationConfig, SpoolConfig, StoreConfig, UpstreamConfig, UsageConfig, VllmConfig,
@@ -37,7 +39,8 @@ pub use token::{TokenDigest, TokenScope};
 pub use units::ByteSize;
 pub use values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl, ValueError};
 pub use words::{
-    Capture, Fsync, IdleTo, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull,
+    AtLimit, BudgetPeriod, Capture, Fsync, IdleTo, Inject, LimitMode, LogFormat, LogLevel, OnUninspectable,
+    RuntimeKind, Serves, WhenFull,
 };
 
 use read::Findings;

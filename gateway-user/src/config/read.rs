@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{
     error::{Place, Problem, quote, suggest},
+    limits::{BudgetConfig, TeamEntry, TeamLimits},
     schema::{
         AdminToken, Config, GatewayConfig, IdentityConfig, LedgerConfig, ProxyConfig, SpoolConfig,
         UpstreamConfig,
@@ -11,7 +12,7 @@ use super::{
     setting::Setting,
     tap::TapConfig,
     values::{Name, UpstreamUrl},
-    words::Serves,
+    words::{AtLimit, BudgetPeriod, Serves},
     yaml::{Document, Node, Scalar},
 };
 use crate::ledger::{Micros, NanoUsd, PerMillion, Price, Rate};
@@ -127,6 +128,13 @@ pub(super) fn read_file(findings: &mut Findings<'_>, config: &mut Config) {
             section.read("window", &mut config.reconciliation.window);
         });
         top.sections("rates", &mut config.rates, read_rate);
+        top.section("limits", |section| {
+            section.read("mode", &mut config.limits.mode);
+            section.section("default", |section| {
+                config.limits.default = read_limits(section);
+            });
+            section.sections("teams", &mut config.limits.teams, read_team);
+        });
         top.section("log", |section| {
             section.read("level", &mut config.log.level);
             section.read("format", &mut config.log.format);
@@ -275,6 +283,34 @@ fn read_rate(section: &mut Section<'_, '_>) -> Option<Rate> {
         model,
         from,
         usd_per_million,
+    })
+}
+
+fn read_team(section: &mut Section<'_, '_>) -> Option<TeamEntry> {
+    let mut team = None;
+    section.read_required("team", &mut team);
+    let limits = read_limits(section);
+    Some(TeamEntry { team: team?, limits })
+}
+
+fn read_limits(section: &mut Section<'_, '_>) -> TeamLimits {
+    let mut limits = TeamLimits::default();
+    section.read("requests_per_minute", &mut limits.requests_per_minute);
+    section.read("tokens_per_minute", &mut limits.tokens_per_minute);
+    section.read("concurrent_requests", &mut limits.concurrent_requests);
+    section.section("budget", |section| limits.budget = read_budget(section));
+    limits
+}
+
+fn read_budget(section: &mut Section<'_, '_>) -> Option<BudgetConfig> {
+    let (mut usd, mut period, mut at_limit) = (None, BudgetPeriod::Month, AtLimit::Refuse);
+    section.read_required("usd", &mut usd);
+    section.read("period", &mut period);
+    section.read("at_limit", &mut at_limit);
+    Some(BudgetConfig {
+        usd: usd?,
+        period,
+        at_limit,
     })
 }
 

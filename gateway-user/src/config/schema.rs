@@ -12,6 +12,7 @@ use std::{
 use serde::Serialize;
 
 use super::{
+    limits::LimitsConfig,
     tap::TapConfig,
     token::{TokenDigest, TokenScope},
     units::{ByteSize, serialize_duration},
@@ -56,6 +57,8 @@ pub struct Config {
     pub reconciliation: ReconciliationConfig,
     /// What requests are charged by their tokens, by model and date. Default: one rate for all models, see [`Rate::ASSUMED`].
     pub rates: Vec<Rate>,
+    /// How much each team may take. Default: as much as it likes.
+    pub limits: LimitsConfig,
     /// The gateway's own log.
     pub log: LogConfig,
 }
@@ -338,6 +341,7 @@ impl Default for Config {
             ledger: LedgerConfig::default(),
             reconciliation: ReconciliationConfig::default(),
             rates: vec![Rate::ASSUMED],
+            limits: LimitsConfig::default(),
             log: LogConfig {
                 level: LogLevel::Info,
                 format: LogFormat::Text,

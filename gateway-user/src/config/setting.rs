@@ -9,7 +9,8 @@ use super::{
     units::{ByteSize, UnitError, parse_duration},
     values::{HeaderName, MASK, Name, Secret, StoreUrl, UpstreamUrl, ValueError},
     words::{
-        Capture, Fsync, IdleTo, Inject, LogFormat, LogLevel, OnUninspectable, RuntimeKind, Serves, WhenFull,
+        AtLimit, BudgetPeriod, Capture, Fsync, IdleTo, Inject, LimitMode, LogFormat, LogLevel,
+        OnUninspectable, RuntimeKind, Serves, WhenFull,
     },
     yaml::Scalar,
 };
@@ -317,6 +318,9 @@ setting_by_word!(
     WhenFull,
     Fsync,
     IdleTo,
+    LimitMode,
+    BudgetPeriod,
+    AtLimit,
     LogLevel,
     LogFormat
 );

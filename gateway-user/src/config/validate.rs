@@ -4,6 +4,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use super::{
     error::quote,
+    limits,
     read::Findings,
     schema::{
         AdminToken, Config, GatewayConfig, IdentityConfig, LedgerConfig, ProxyConfig, SpoolConfig,
@@ -81,6 +82,7 @@ pub(super) fn validate(config: &Config, findings: &mut Findings<'_>) {
     validate_days("store.ledger_days", config.store.ledger_days, findings);
     validate_spool(&config.spool, findings);
     validate_ledger(&config.ledger, findings);
+    limits::validate(config, findings);
     if config.reconciliation.gap_share > Millionths::ONE {
         let found = config.reconciliation.gap_share;
         let message = format!("expected a share, from 0 to 1, found {found}");

@@ -132,6 +132,36 @@ keywords! {
 }
 
 keywords! {
+    /// What limits do.
+    LimitMode {
+        /// Requests beyond them are refused.
+        Enforce = "enforce",
+        /// Nothing is refused; what would have been is counted.
+        Observe = "observe",
+    }
+}
+
+keywords! {
+    /// The time that a budget is for, by the clock of UTC.
+    BudgetPeriod {
+        /// From midnight to midnight.
+        Day = "day",
+        /// From the first of a month to the first of the next.
+        Month = "month",
+    }
+}
+
+keywords! {
+    /// What becomes of requests once a budget is spent.
+    AtLimit {
+        /// They are refused until the period is over.
+        Refuse = "refuse",
+        /// They are let in, and counted.
+        Observe = "observe",
+    }
+}
+
+keywords! {
     /// How much is logged.
     LogLevel {
         /// What needs somebody's attention.

@@ -10,6 +10,7 @@
 //!
 //! Left out: whatever is billed. A charge shown here is the one in the request's row, and the ledger's costs are ClickHouse's.
 
+mod allowance;
 pub mod engines;
 pub mod recent;
 pub mod shape;

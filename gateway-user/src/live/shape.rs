@@ -129,6 +129,46 @@ pub struct TeamRow {
     pub engine_prompt_tokens_total: u64,
     pub engine_completion_tokens_total: u64,
     pub charge_nano_usd_total: u64,
+    pub budget: Option<BudgetRow>,
+    pub limits: Option<LimitsRow>,
+}
+
+/// A team's budget in the running day or month.
+#[derive(Clone, Debug, Serialize)]
+#[allow(
+    missing_docs,
+    reason = "docs/API.md has them, and a test that none is missing"
+)]
+pub struct BudgetRow {
+    pub usd: f64,
+    pub spent_usd: f64,
+    pub period: &'static str,
+    pub resets_in_s: u64,
+    pub limited_total: u64,
+}
+
+/// How a team stands with its limits; what is not limited is `null`.
+#[derive(Clone, Debug, Serialize)]
+#[allow(
+    missing_docs,
+    reason = "docs/API.md has them, and a test that none is missing"
+)]
+pub struct LimitsRow {
+    pub requests_per_minute: Option<LimitRow>,
+    pub tokens_per_minute: Option<LimitRow>,
+    pub concurrent_requests: Option<LimitRow>,
+}
+
+/// One of them.
+#[derive(Clone, Debug, Serialize)]
+#[allow(
+    missing_docs,
+    reason = "docs/API.md has them, and a test that none is missing"
+)]
+pub struct LimitRow {
+    pub limit: u64,
+    pub used: u64,
+    pub limited_total: u64,
 }
 
 /// An upstream.

@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::event::{CapturedBy, Sinks};
 use crate::identity::TeamId;
 use crate::ledger::NanoUsd;
+use crate::limits::Limiter;
 use crate::metrics::Limits;
 use crate::proxy::Shared;
 use crate::wire::At;
@@ -30,7 +31,8 @@ fn parts(max_teams: usize, own_lists: &[&str]) -> Parts {
     let names = config.upstreams.iter().map(|upstream| upstream.name.as_str());
     let live = Arc::new(Live::new(metrics.clone(), names, own_lists.iter().copied()));
     let books = Books::new(&config, Sinks::new([]));
-    let shared = Shared::new(config, metrics.clone(), books, None);
+    let limiter = Arc::new(Limiter::new(&config.limits, metrics.clone()));
+    let shared = Shared::new(config, metrics.clone(), books, limiter, None);
     Parts {
         view: View::new(Arc::clone(&live), Arc::clone(&shared), None, None),
         shared,

@@ -1,5 +1,6 @@
 //! Puts together what is asked for: all of it, or what one team may see.
 
+use super::allowance::limit_rows;
 use super::engines::EngineState;
 use super::recent::RequestRow;
 use super::shape::{
@@ -12,6 +13,7 @@ use crate::bookkeeper::LedgerStats;
 use crate::clock;
 use crate::identity::{TeamId, WithoutTeam};
 use crate::ledger::{Line, Micros};
+use crate::limits::Now;
 use crate::proxy::Shared;
 use crate::proxy::upstream::Upstream;
 use crate::store::Table;
@@ -230,6 +232,22 @@ impl View {
             in_flight: *count,
             ..TeamRow::default()
         }));
+        // And what of a budget is spent is worth knowing also while the team does nothing here.
+        let limits = &self.shared.limiter;
+        for team in limits.teams().iter().filter(|team| may_see(show, team.name())) {
+            if team.budget().is_some() && !rows.iter().any(|row| row.team == team.name()) {
+                rows.push(TeamRow {
+                    team: team.name().to_owned(),
+                    ..TeamRow::default()
+                });
+            }
+        }
+        let now = Now::read();
+        for row in &mut rows {
+            if let Some(team) = limits.team(&row.team) {
+                (row.budget, row.limits) = limit_rows(&team, now);
+            }
+        }
         rows.sort_by(|left, right| left.team.cmp(&right.team));
         rows
     }
@@ -349,6 +367,7 @@ fn team_row(name: &str, team: &Team, now: At, window_s: u64) -> TeamRow {
         engine_prompt_tokens_total: totals.engine_prompt_tokens,
         engine_completion_tokens_total: totals.engine_completion_tokens,
         charge_nano_usd_total: totals.counts.charge_nano_usd,
+        ..TeamRow::default()
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::{PoisonError, RwLock};
 
 /// Stands for every value past the limit.
-pub(super) const OTHER: &str = "__other__";
+pub(crate) const OTHER: &str = "__other__";
 /// Stands for a value that a request never gave.
 pub(super) const NONE: &str = "__none__";
 /// Stands for a value that a client gave and no server confirmed.

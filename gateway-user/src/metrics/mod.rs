@@ -15,6 +15,7 @@ mod gaps;
 mod handles;
 mod labels;
 mod ledger;
+mod limits;
 mod process;
 mod reconciliation;
 mod scrape;
@@ -25,6 +26,7 @@ mod tap;
 mod tests;
 
 pub use handles::{InflightGuard, QueueMetrics, UpstreamMetrics};
+pub(crate) use labels::OTHER as OTHER_TEAMS;
 pub use reconciliation::ReconciliationMetrics;
 pub use scrape::ScrapeMetrics;
 pub(crate) use series::may_be_billed;
@@ -32,6 +34,7 @@ pub(crate) use series::may_be_billed;
 use crate::bookkeeper::LedgerStats;
 use crate::config::Capture;
 use crate::event::{EventSink, RequestEvent};
+use crate::limits::Limiter;
 use crate::store::service::StoreCounts;
 use crate::tap::agent::Agent;
 use crate::wire::exchange::Outcome;
@@ -152,6 +155,11 @@ impl Metrics {
             .collect()
     }
 
+    /// The label of a team whose name has been accepted.
+    pub(crate) fn label_of<'n>(&self, team: &'n str) -> &'n str {
+        self.inner.teams.admit(team)
+    }
+
     /// The label under which an event is counted, if it is its turn now.
     pub(crate) fn team_label<'e>(&self, event: &'e RequestEvent) -> &'e str {
         self.inner.team_of(event)
@@ -212,6 +220,17 @@ impl Metrics {
             .inner
             .registry
             .register(Box::new(ledger::LedgerFamilies::of(stats)?))?)
+    }
+
+    /// Shows the limits of teams too, and how these stand with them. Weak: they take their labels from here.
+    ///
+    /// # Errors
+    /// When they are shown already, which is a defect of this program.
+    pub fn show_limits(&self, limiter: Weak<Limiter>) -> Result<(), MetricsError> {
+        Ok(self
+            .inner
+            .registry
+            .register(Box::new(limits::LimitFamilies::of(limiter)?))?)
     }
 
     /// Shows a tap's numbers too, for as long as it is there.

@@ -12,6 +12,7 @@ use super::upstream::{Place, Upstream, UpstreamConnection};
 use super::{Stop, Worker};
 use crate::clock;
 use crate::config::OnUninspectable;
+use crate::limits::Now;
 use crate::proxy::send::{self, Failed};
 use crate::wire::At;
 use crate::wire::endpoint::{Endpoint, Purpose};
@@ -143,6 +144,11 @@ impl Forward<'_> {
         }
         if self.endpoint.purpose() == Purpose::Administer && !shared.config.proxy.allow_admin_routes {
             return Err(Refusal::AdminRoute);
+        }
+        // Lists and health cost nothing, and whoever has used up a limit should still see them.
+        if !matches!(self.endpoint.purpose(), Purpose::Free | Purpose::Administer) {
+            let permit = shared.limiter.admit(identity.team.as_str(), Now::read);
+            self.recording.admitted(permit.map_err(Refusal::Limited)?);
         }
         Ok(())
     }

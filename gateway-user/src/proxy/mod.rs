@@ -8,6 +8,7 @@
 //! * [`forward`]: one request: who it is for, its body ([`receive`]), where it goes ([`upstream`], [`health`]), what is asked on its
 //!   behalf ([`inject`]).
 //! * [`send`] and [`respond`] ([`relay`]): to the upstream and back; [`rewrite`] has what changes in the heads.
+//! * [`crate::limits`] may stand in its way, once it is known who it is for.
 //! * [`refusal`]: what the gateway answers by itself.
 //! * [`recording`]: the request's one event.
 
@@ -29,6 +30,7 @@ pub mod upstream;
 use crate::books::Books;
 use crate::config::Config;
 use crate::correlate::Beside;
+use crate::limits::Limiter;
 use crate::metrics::Metrics;
 use crate::wire::exchange::Ending;
 use buffer::BufferPool;
@@ -52,6 +54,8 @@ pub struct Shared {
     pub learned: Learned,
     /// Whether the gateway is on its way out.
     pub phase: accept::Phase,
+    /// How much each team may take.
+    pub limiter: Arc<Limiter>,
     /// The kernel's view of the same requests, where there is one.
     pub beside: Option<Arc<dyn Beside>>,
 }
@@ -62,6 +66,7 @@ impl Shared {
         config: Config,
         metrics: Metrics,
         books: Books,
+        limiter: Arc<Limiter>,
         beside: Option<Arc<dyn Beside>>,
     ) -> Arc<Shared> {
         Arc::new(Shared {
@@ -71,6 +76,7 @@ impl Shared {
             books,
             metrics,
             config,
+            limiter,
             beside,
         })
     }

@@ -9,6 +9,7 @@ use crate::clock;
 use crate::event::{Begin, CapturedBy, Context, EventSink};
 use crate::identity::Identity;
 use crate::ids::{self, random_hex};
+use crate::limits::Permit;
 use crate::metrics::InflightGuard;
 use crate::segments::Segments;
 use crate::trace::Trace;
@@ -23,6 +24,8 @@ pub struct Recording {
     /// `None` once the event is out.
     live: Option<Live>,
     inflight: Option<InflightGuard>,
+    /// What the request holds of its team's limits; given back when it ends, or is taken down.
+    permit: Option<Permit>,
     /// The trace that goes on to the upstream.
     pub trace: Trace,
 }
@@ -55,6 +58,7 @@ impl Recording {
                 beside: None,
             }),
             inflight: None,
+            permit: None,
             trace,
         }
     }
@@ -80,6 +84,11 @@ impl Recording {
             live.context.user = identity.user.as_ref().map(|user| user.as_str().into());
         }
         self.announce();
+    }
+
+    /// Keeps what the request holds of its team's limits for as long as it runs.
+    pub fn admitted(&mut self, permit: Option<Permit>) {
+        self.permit = permit;
     }
 
     /// Takes note of the upstream that is tried.
@@ -131,9 +140,15 @@ impl Recording {
         }
     }
 
-    /// Takes note that time has passed on a response that goes on: what is over of it, by windows, is told to the ledger.
+    /// Takes note that time has passed on a response that goes on: what is over of it, by windows, is told to the ledger, and what it has used by
+    /// now is taken from its team's tokens.
     pub fn passed(&mut self, now: At) {
         let Some(live) = &mut self.live else { return };
+        if let Some(permit) = &mut self.permit
+            && permit.is_due(now)
+        {
+            permit.used(live.exchange.tokens_so_far(), now);
+        }
         if live.segments.is_due(now) {
             let books = &self.shared.books;
             let wait = books
@@ -211,6 +226,10 @@ impl Recording {
         };
         self.inflight = None;
         let facts = exchange.finish(at, ending);
+        let permit = self.permit.take();
+        if let Some(mut permit) = permit {
+            permit.used(facts.tokens, clock::now());
+        }
         let capture = match beside.and_then(|received| join(&self.shared, &mut context, received)) {
             Some(()) => CapturedBy::ProxyAndTap,
             None => CapturedBy::Proxy,

@@ -1,8 +1,9 @@
 //! What the gateway answers by itself, in the shape that the client's library understands.
 //!
-//! Every refusal has a status, a reason out of a bounded set (a metric label, and `code` in the body), and a message that says what was
+//! Every refusal has a status, a reason out of a bounded set (a metric label, and mostly `code` in the body), and a message that says what was
 //! expected, what was found and what to do. `/v1/messages` gets Anthropic's shape, everything else OpenAI's.
 
+use crate::limits::Denial;
 use crate::wire::body::BodyError;
 use crate::wire::endpoint::Endpoint;
 use crate::wire::exchange::Ending;
@@ -31,6 +32,8 @@ pub enum Refusal {
     Method,
     /// A route for operators.
     AdminRoute,
+    /// A limit of the team stands in the way.
+    Limited(Box<Denial>),
     /// No upstream serves this model.
     UnknownModel(String),
     /// No upstream is configured for such a route.
@@ -61,6 +64,7 @@ impl Refusal {
             Refusal::Expectation => (417, "Expectation Failed"),
             Refusal::Method => (405, "Method Not Allowed"),
             Refusal::AdminRoute => (403, "Forbidden"),
+            Refusal::Limited(_) => (429, "Too Many Requests"),
             Refusal::UnknownModel(_) | Refusal::NoUpstream(_) => (404, "Not Found"),
             Refusal::Unreachable | Refusal::Busy => (503, "Service Unavailable"),
             Refusal::UpstreamClosed | Refusal::BadUpstream => (502, "Bad Gateway"),
@@ -68,7 +72,7 @@ impl Refusal {
         }
     }
 
-    /// The reason, as metrics, events and the body's `code` name it.
+    /// The reason, as metrics and events name it.
     pub fn reason(&self) -> &'static str {
         match self {
             Refusal::Head(HeadError::TooLarge(_) | HeadError::TooManyFields) => "head_too_large",
@@ -81,6 +85,7 @@ impl Refusal {
             Refusal::Expectation => "expectation",
             Refusal::Method => "method",
             Refusal::AdminRoute => "admin_route",
+            Refusal::Limited(denial) => denial.reason(),
             Refusal::UnknownModel(_) => "model_not_found",
             Refusal::NoUpstream(_) => "no_upstream",
             Refusal::Unreachable => "upstream_unreachable",
@@ -88,6 +93,14 @@ impl Refusal {
             Refusal::UpstreamClosed => "upstream_closed",
             Refusal::BadUpstream => "upstream_bad_response",
             Refusal::UpstreamTimeout => "upstream_timeout",
+        }
+    }
+
+    /// `code` of the error in OpenAI's shape: the reason, or what their library knows it as.
+    fn code(&self) -> &'static str {
+        match self {
+            Refusal::Limited(denial) => denial.code(),
+            _ => self.reason(),
         }
     }
 
@@ -133,6 +146,7 @@ impl Refusal {
             Refusal::AdminRoute => {
                 "This route administers the server. The gateway does not forward it (proxy.allow_admin_routes).".into()
             }
+            Refusal::Limited(denial) => denial.message().to_owned().into(),
             Refusal::UnknownModel(model) => {
                 format!("The model `{}` is served by no upstream of this gateway.", model.escape_debug()).into()
             }
@@ -149,12 +163,13 @@ impl Refusal {
         }
     }
 
-    /// `type` of the error in both shapes.
+    /// `type` of the error; in OpenAI's shape a spent budget has one of its own.
     fn kind(&self) -> &'static str {
         match self.status().0 {
             403 => "permission_error",
             404 => "not_found_error",
             413 => "request_too_large",
+            429 => "rate_limit_error",
             500.. => "api_error",
             _ => "invalid_request_error",
         }
@@ -165,7 +180,11 @@ impl Refusal {
         let error = if endpoint == Endpoint::Messages || endpoint == Endpoint::CountTokens {
             json!({"type": "error", "error": {"type": self.kind(), "message": self.message()}, "request_id": request_id})
         } else {
-            json!({"error": {"message": self.message(), "type": self.kind(), "param": null, "code": self.reason()}})
+            let kind = match self {
+                Refusal::Limited(denial) => denial.kind(),
+                _ => self.kind(),
+            };
+            json!({"error": {"message": self.message(), "type": kind, "param": null, "code": self.code()}})
         };
         let body = error.to_string();
         let (status, phrase) = self.status();
@@ -175,6 +194,9 @@ impl Refusal {
         );
         if status == 503 {
             response.push_str("retry-after: 1\r\n");
+        }
+        if let Refusal::Limited(denial) = self {
+            response.push_str(denial.fields());
         }
         if status == 405 {
             response.push_str("allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n");
