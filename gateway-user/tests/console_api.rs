@@ -243,7 +243,8 @@ async fn totals_are_those_of_the_metrics_and_the_stream_only_adds_what_is_new() 
 #[tokio::test]
 async fn a_token_shows_what_it_is_for_and_nothing_else() {
     let sim = Sim::start(&["--model", "tiny", "--instant"]);
-    let yaml = tokens(&[("ops-secret", "admin"), ("red-secret", "team:red")]);
+    let yaml = tokens(&[("ops-secret", "admin"), ("red-secret", "team:red")])
+        + "limits: {teams: [{team: red, budget: {usd: 11}}, {team: blue, budget: {usd: 13}}]}\n";
     let gateway = TestGateway::before(sim.addr, None, &yaml);
     send(&gateway, "red", 2).await;
     send(&gateway, "blue", 3).await;
@@ -280,6 +281,29 @@ async fn a_token_shows_what_it_is_for_and_nothing_else() {
         let (status, document) = get(gateway.admin, path, &red).await;
         assert_eq!((status, &document["scope"]), (200, &"team:red".into()));
         assert!(!document.to_string().contains("blue"), "{document}");
+    }
+    let (_, own) = get(gateway.admin, "/api/teams", &red).await;
+    assert_eq!(own["teams"][0]["budget"]["usd"], 11.0, "{own}");
+    assert_eq!(
+        own["teams"].as_array().map(Vec::len),
+        Some(1),
+        "another's budget: {own}"
+    );
+    let budget = |team: &str| {
+        let rows = all["teams"].as_array().expect("a list").iter();
+        let mut of_team = rows.filter(|row| row["team"] == team);
+        of_team.next().expect("a row")["budget"].clone()
+    };
+    let (_, _, metrics) = ask(gateway.admin, "GET", "/metrics", &ops).await;
+    for team in ["red", "blue"] {
+        for (field, name) in [
+            ("usd", "gateway_budget_usd"),
+            ("spent_usd", "gateway_budget_spent_usd"),
+        ] {
+            let in_metrics = metric_sum(&metrics, name, &[&format!("team=\"{team}\"")]);
+            assert!(in_metrics > 0.0, "{team}: {name}");
+            assert_eq!(budget(team)[field].as_f64(), Some(in_metrics), "{team}: {field}");
+        }
     }
     let (_, requests) = get(gateway.admin, "/api/requests", &red).await;
     assert_eq!(requests["requests"].as_array().map(Vec::len), Some(2));

@@ -1,6 +1,7 @@
 //! What belongs to a running system, in the order in which it is started.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -21,6 +22,19 @@ const GRACE_AFTER_DRAIN: Duration = Duration::from_secs(5);
 
 /// The longest run that `vllm-load` takes, a year, stands for no end.
 const LOAD_DURATION: &str = "8760h";
+
+/// What stands in the shipped configuration of limits, and what is put in its place. Each team gets several times what fifteen requests a second in all
+/// take of it, and a budget that they spend a part of in a day. One team that sends nothing by itself is for trying what being refused is like.
+const LIMITS: [(&str, &str); 2] = [
+    (
+        "\n  default: {}\n",
+        "\n  default: {requests_per_minute: 3000, tokens_per_minute: 1000000, concurrent_requests: 200, budget: {usd: 5, period: day, at_limit: observe}}\n",
+    ),
+    (
+        "\n  teams: []\n",
+        "\n  teams:\n    - {team: tight, requests_per_minute: 3}\n",
+    ),
+];
 
 /// What all services need to know.
 #[derive(Debug)]
@@ -64,11 +78,12 @@ impl Plan<'_> {
         }
     }
 
-    /// The gateway, with the repository's configuration.
+    /// The gateway, with the repository's configuration and limits for its teams.
     ///
     /// # Errors
     /// When that configuration cannot be run with.
     pub fn gateway(&self) -> Result<Service> {
+        self.write_gateway_config()?;
         let mut command = self.gateway_command("run");
         // Colours have no place in a log file.
         command.env("NO_COLOR", "1");
@@ -82,13 +97,25 @@ impl Plan<'_> {
         })
     }
 
+    fn gateway_config(&self) -> PathBuf {
+        self.state.join("gateway.yaml")
+    }
+
+    fn write_gateway_config(&self) -> Result<()> {
+        let shipped = self.root.join("config.yaml");
+        let text =
+            fs::read_to_string(&shipped).with_context(|| format!("cannot read {}", shipped.display()))?;
+        let to = self.gateway_config();
+        fs::write(&to, with_limits(&text)?).with_context(|| format!("cannot write {}", to.display()))
+    }
+
     /// The environment puts it on this system's ports and its spool into the state directory, whatever the file says.
     fn gateway_command(&self, what: &str) -> Command {
         let mut command = self.program("vllm-gateway");
         command
             .arg(what)
             .arg("--config")
-            .arg(self.root.join("config.yaml"))
+            .arg(self.gateway_config())
             .env("GATEWAY_LISTEN_ADDR", format!("0.0.0.0:{}", self.ports.gateway()))
             .env("GATEWAY_ADMIN_ADDR", format!("127.0.0.1:{}", self.ports.admin()))
             .env("VLLM_URL", url(self.ports.llm()))
@@ -230,6 +257,20 @@ fn page(port: u16, path: &'static str) -> Ready {
     }
 }
 
+/// The shipped configuration, which limits nobody, with limits that show something and that usual traffic keeps to.
+fn with_limits(config: &str) -> Result<String> {
+    let mut config = config.to_owned();
+    for (shipped, here) in LIMITS {
+        ensure!(
+            config.matches(shipped).count() == 1,
+            "expected `{}` once in config.yaml, in `limits`",
+            shipped.trim()
+        );
+        config = config.replace(shipped, here);
+    }
+    Ok(config)
+}
+
 fn drain_timeout_in(config: &str) -> Result<Duration> {
     let value = config
         .lines()
@@ -250,6 +291,18 @@ mod tests {
             Duration::from_secs(30)
         );
         assert!(drain_timeout_in("gateway:\n  workers: 0\n").is_err());
+    }
+
+    #[test]
+    fn the_shipped_configuration_limits_nobody_and_takes_the_limits_of_this_system() {
+        let shipped = include_str!("../../../config.yaml");
+        let text = with_limits(shipped).expect("it has the places");
+        let limits: serde_yaml::Value = serde_yaml::from_str(&text).expect("YAML");
+        let limits = &limits["limits"];
+        assert_eq!(limits["default"]["budget"]["usd"], 5);
+        assert_eq!(limits["teams"][0]["team"], "tight");
+        let refused = with_limits("limits:\n  default: {}\n").expect_err("no teams");
+        assert!(refused.to_string().contains("`teams: []`"), "{refused}");
     }
 
     #[test]

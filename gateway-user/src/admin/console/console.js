@@ -86,6 +86,10 @@ function setWidth(node, share) {
   if (node.style.width !== width) node.style.width = width;
 }
 
+function setAttribute(node, name, value) {
+  if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+}
+
 function setHidden(node, hidden) {
   if (node.hidden !== hidden) node.hidden = hidden;
 }
@@ -115,6 +119,37 @@ const meter = {
     setWidth(box.firstChild.firstChild, share || 0);
     setClass(box, "full", share >= 0.95 && cell.dataset.fills === "bad");
     setText(box.lastChild, percent(share));
+  },
+};
+
+/** What is spent of a budget: a bar, and beside it the share in words. Beyond the whole of it the bar is full, and the words say how much. */
+const budgetBar = {
+  make(cell) {
+    const box = make("span", "meter budget");
+    const track = make("i");
+    track.setAttribute("role", "meter");
+    track.setAttribute("aria-valuemin", "0");
+    track.setAttribute("aria-valuemax", "100");
+    track.append(make("b"));
+    box.append(track, make("span"));
+    cell.append(box);
+  },
+  show(cell, team) {
+    const box = cell.firstChild;
+    const budget = team.budget;
+    setHidden(box, !budget);
+    if (!budget) return;
+    const share = budgetShare(team);
+    const track = box.firstChild;
+    setWidth(track.firstChild, share);
+    setClass(box, "near", share >= 0.8 && share < 1);
+    setClass(box, "spent", share >= 1);
+    setAttribute(track, "aria-label", `Budget of ${team.team}`);
+    setAttribute(track, "aria-valuenow", String(Math.min(100, Math.round(share * 100))));
+    const text = `${usd(budget.spent_usd)} of ${usd(budget.usd)} USD for the ${budget.period}`;
+    setAttribute(track, "aria-valuetext", `${percent(share)}, ${text}`);
+    setAttribute(cell, "title", `${text}; the next begins in ${span(budget.resets_in_s)}`);
+    setText(box.lastChild, (share >= 1 ? "✕ " : share >= 0.8 ? "! " : "") + percent(share));
   },
 };
 
@@ -174,6 +209,7 @@ class Table {
     const head = this.node.tHead.rows[0];
     for (const column of columns) {
       const cell = make("th", column.className || "");
+      cell.dataset.field = column.key;
       cell.scope = "col";
       if (column.title) cell.title = column.title;
       if (options.sortBy && column.value) {
@@ -277,6 +313,7 @@ class Table {
   }
 }
 
+const budgetShare = (team) => (team.budget ? team.budget.spent_usd / team.budget.usd : null);
 const tokensPerSecond = (team) => team.prompt_tokens_per_second + team.completion_tokens_per_second;
 const tokensTotal = (team) => team.prompt_tokens_total + team.completion_tokens_total;
 const perMinute = (team) => Math.round(team.requests_per_second * state.window);
@@ -285,6 +322,7 @@ const teamTable = new Table("team-table", [
   { key: "team", label: "Team", className: "text", isName: true, value: (t) => t.team, show: (t) => t.team },
   { key: "share", label: "Share", className: "text", kind: meter, title: "Share of what all teams are charged", value: (t) => t.share, show: (t) => t.share },
   { key: "usd", label: "USD/h", title: "What its requests are charged by the rate card, at this pace", value: (t) => t.charge_usd_per_hour, show: (t) => usd(t.charge_usd_per_hour) },
+  { key: "budget", label: "Budget", className: "text", kind: budgetBar, title: "What its requests were charged in this day or month, of what they may be charged", value: budgetShare, show: (t) => t, mark: (t) => (budgetShare(t) >= 1 ? "bad" : budgetShare(t) >= 0.8 ? "warn" : "") },
   { key: "tokens", label: "Tokens/s", title: "Prompt and completion tokens a second", value: tokensPerSecond, show: (t) => short(tokensPerSecond(t)) },
   { key: "rate", label: "Requests/s", className: "narrow", value: (t) => t.requests_per_second, show: (t) => short(t.requests_per_second) },
   { key: "spark", label: "Last minute", className: "mid", kind: spark, title: "Requests that ended in each second, each team to its own scale", show: (t) => t.requests_by_second },
@@ -411,6 +449,8 @@ function troubles(snapshot) {
   const share = ended ? errors / ended : 0;
   if (share >= 0.05) found.push(["bad", `${percent(share)} of requests fail`]);
   else if (share >= 0.01) found.push(["warn", `${percent(share)} of requests fail`]);
+  const spent = snapshot.teams.filter((team) => budgetShare(team) >= 1).map((team) => team.team);
+  if (spent.length) found.push(["warn", spent.length === 1 ? `${spent[0]} has spent its budget` : `${spent.length} teams have spent their budgets`]);
   const books = snapshot.reconciliation;
   if (books && books.store) {
     if (books.store.dropped_rows) found.push(["bad", `${whole(books.store.dropped_rows)} rows were lost`]);
@@ -484,6 +524,8 @@ function renderTeams(snapshot, wanted) {
   const share = (team) => (charged ? team.charge_usd_per_hour / charged : tokens ? tokensPerSecond(team) / tokens : 0);
   const teams = snapshot.teams.map((team) => ({ ...team, share: share(team) }));
   const shown = teams.filter((team) => team.team.toLowerCase().includes(wanted));
+  // Where nobody has a budget, nobody needs the column.
+  setClass(teamTable.node, "no-budgets", !teams.some((team) => team.budget));
   teamTable.show(shown, (team) => team.team);
   const count = wanted ? `${shown.length} of ${teams.length}` : `${teams.length}`;
   setText(byId("teams-note"), `${count} ${teams.length === 1 ? "team" : "teams"}. Rates, percentiles and errors are of the last minute; a request counts when it ends.`);
@@ -538,7 +580,8 @@ function renderBooks(books) {
 
 function renderFirst(snapshot) {
   const gateway = snapshot.gateway;
-  const waits = snapshot.teams.length === 0 && gateway.clients !== null;
+  // A team with a budget is listed before its first request.
+  const waits = snapshot.teams.every((team) => team.requests_total === 0 && team.in_flight === 0) && gateway.clients !== null;
   setHidden(byId("first"), !waits);
   setHidden(byId("team-section"), waits);
   setHidden(byId("request-section"), waits);
