@@ -126,10 +126,10 @@ const meter = {
 const budgetBar = {
   make(cell) {
     const box = make("span", "meter budget");
+    box.setAttribute("role", "meter");
+    box.setAttribute("aria-valuemin", "0");
+    box.setAttribute("aria-valuemax", "100");
     const track = make("i");
-    track.setAttribute("role", "meter");
-    track.setAttribute("aria-valuemin", "0");
-    track.setAttribute("aria-valuemax", "100");
     track.append(make("b"));
     box.append(track, make("span"));
     cell.append(box);
@@ -140,14 +140,13 @@ const budgetBar = {
     setHidden(box, !budget);
     if (!budget) return;
     const share = budgetShare(team);
-    const track = box.firstChild;
-    setWidth(track.firstChild, share);
+    setWidth(box.firstChild.firstChild, share);
     setClass(box, "near", share >= 0.8 && share < 1);
     setClass(box, "spent", share >= 1);
-    setAttribute(track, "aria-label", `Budget of ${team.team}`);
-    setAttribute(track, "aria-valuenow", String(Math.min(100, Math.round(share * 100))));
+    setAttribute(box, "aria-label", `Budget of ${team.team}`);
+    setAttribute(box, "aria-valuenow", String(Math.min(100, Math.round(share * 100))));
     const text = `${usd(budget.spent_usd)} of ${usd(budget.usd)} USD for the ${budget.period}`;
-    setAttribute(track, "aria-valuetext", `${percent(share)}, ${text}`);
+    setAttribute(box, "aria-valuetext", `${percent(share)}, ${text}`);
     setAttribute(cell, "title", `${text}; the next begins in ${span(budget.resets_in_s)}`);
     setText(box.lastChild, (share >= 1 ? "✕ " : share >= 0.8 ? "! " : "") + percent(share));
   },
