@@ -1,22 +1,15 @@
 //! The command line: what can be asked of the program, and the one command that needs nothing running.
 
-use std::{
-    io::{self, Write},
-    path::{Path, PathBuf},
-};
-
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
 use crate::bookkeeper::command::LedgerArgs;
 use crate::calibrate::CalibrateArgs;
-use crate::config::{Config, ConfigError, EXIT_CONFIG, Env, effective_yaml};
+use crate::command::{Answer, ConfigSource, Failure};
+use crate::config::{Env, effective_yaml};
 use crate::doctor::DoctorArgs;
 use crate::report::ReportArgs;
 use crate::store::embedded::EmbeddedArgs;
 use crate::trial::TryArgs;
-
-/// The file that is read when none is named and it exists.
-pub const CONFIG_FILE: &str = "config.yaml";
 
 /// Per-team latency and cost of every LLM request on a shared vLLM cluster.
 #[derive(Debug, Parser)]
@@ -52,53 +45,12 @@ pub enum Command {
     TapAttacher,
 }
 
-/// Where the config comes from.
-#[derive(Debug, Args)]
-pub struct ConfigSource {
-    /// The config file. Default: ./config.yaml if there is one, else built-in defaults.
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-}
-
-impl ConfigSource {
-    /// Reads the config, and the environment over it.
-    ///
-    /// # Errors
-    /// When it cannot be run with. A file that was named must exist.
-    pub fn load(&self, env: Env<'_>) -> Result<Config, ConfigError> {
-        Config::load(self.path(Path::new("")).as_deref(), env)
-    }
-
-    /// The file to read, if any; `directory` is where the default one is looked for, empty for the current one.
-    fn path(&self, directory: &Path) -> Option<PathBuf> {
-        let default = directory.join(CONFIG_FILE);
-        // A default file that exists but cannot be read must fail, not be passed over: hence no test for readability.
-        self.config
-            .clone()
-            .or_else(|| default.symlink_metadata().is_ok().then_some(default))
-    }
-}
-
-/// Prints the config in force to `out`, or what is wrong with it to `err`, and returns the exit code.
+/// The config in force, secrets masked.
 ///
 /// # Errors
-/// When the output cannot be written.
-pub fn check_config(
-    source: &ConfigSource,
-    env: Env<'_>,
-    out: &mut dyn Write,
-    err: &mut dyn Write,
-) -> io::Result<u8> {
-    match source.load(env) {
-        Ok(config) => {
-            out.write_all(effective_yaml(&config).as_bytes())?;
-            Ok(0)
-        }
-        Err(error) => {
-            writeln!(err, "{error}")?;
-            Ok(EXIT_CONFIG)
-        }
-    }
+/// What is wrong with it.
+pub fn check_config(source: &ConfigSource, env: Env<'_>) -> Result<Answer, Failure> {
+    Ok(Answer::of(effective_yaml(&source.load(env)?)))
 }
 
 #[cfg(test)]
@@ -106,6 +58,7 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+    use crate::command;
 
     const SHIPPED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../config.yaml");
 
@@ -116,16 +69,11 @@ mod tests {
                 .find(|(known, _)| *known == name)
                 .map(|(_, value)| value.into())
         };
+        let source = ConfigSource {
+            config: Some(file.into()),
+        };
         let (mut out, mut err) = (Vec::new(), Vec::new());
-        let code = check_config(
-            &ConfigSource {
-                config: Some(file.into()),
-            },
-            &env,
-            &mut out,
-            &mut err,
-        )
-        .unwrap();
+        let code = command::end(check_config(&source, &env), &mut out, &mut err).unwrap();
         (
             code,
             String::from_utf8(out).unwrap(),
@@ -165,17 +113,5 @@ mod tests {
         let (code, _, err) = check("no/such/file.yaml", &[]);
         assert_eq!(code, 78);
         assert!(err.contains("no/such/file.yaml"), "{err}");
-    }
-
-    #[test]
-    fn the_default_file_is_read_only_where_it_exists() {
-        let root = Path::new(SHIPPED).parent().unwrap();
-        let unnamed = ConfigSource { config: None };
-        assert_eq!(unnamed.path(root), Some(root.join(CONFIG_FILE)));
-        assert_eq!(unnamed.path(&root.join("gateway-user")), None);
-        let named = ConfigSource {
-            config: Some("other.yaml".into()),
-        };
-        assert_eq!(named.path(root), Some("other.yaml".into()));
     }
 }

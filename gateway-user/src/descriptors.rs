@@ -11,6 +11,25 @@ const OPEN_MAX: u64 = 10_240;
 /// Sockets and files besides those of clients and upstreams: listeners, the runtime's own, logs, the admin server.
 const OTHERS: u64 = 64;
 
+/// Raises the limit, and says in the log what the system allows: with too few descriptors, clients would wait where `max_connections` says they need
+/// not.
+pub fn raise_for(max_connections: u32) {
+    let Some(available) = raise_limit() else {
+        return;
+    };
+    let clients = clients_within(available);
+    if clients < u64::from(max_connections) {
+        tracing::warn!(
+            descriptors = available,
+            clients,
+            max_connections,
+            "the limit on open files serves fewer clients than proxy.max_connections; raise it (ulimit -Hn, LimitNOFILE) or lower that"
+        );
+    } else {
+        tracing::info!(descriptors = available, "open files and sockets are limited");
+    }
+}
+
 /// Raises the soft limit to the hard one, as far as the system allows. Returns the limit in force; `None` if there is none.
 pub fn raise_limit() -> Option<u64> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);

@@ -111,6 +111,16 @@ impl Gateway {
         })
     }
 
+    /// How much each team may take.
+    pub fn limiter(&self) -> &Arc<Limiter> {
+        &self.shared.limiter
+    }
+
+    /// The configuration that it runs with.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
     /// The registry of metrics.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics

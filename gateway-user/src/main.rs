@@ -3,49 +3,32 @@
 use anyhow::Context;
 use clap::Parser;
 use std::ffi::OsString;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{self, ExitCode};
 use tokio::runtime;
-use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 use vllm_gateway::bookkeeper::{self, job::Bookkeeper};
-use vllm_gateway::cli::{self, Cli, Command, ConfigSource};
-use vllm_gateway::config::{Config, EXIT_CONFIG, LogConfig, LogFormat};
+use vllm_gateway::cli::{self, Cli, Command};
+use vllm_gateway::command::{self, Answer, ConfigSource, Failure, exit};
+use vllm_gateway::config::Config;
 use vllm_gateway::gateway::{self, Gateway};
+use vllm_gateway::limits::account::BudgetKeeper;
 use vllm_gateway::store::embedded;
 use vllm_gateway::store::service::StoreService;
 use vllm_gateway::trial::{self, TryArgs};
-use vllm_gateway::{calibrate, descriptors, doctor, report, tap};
+use vllm_gateway::{calibrate, descriptors, doctor, log, report, stop, tap};
 
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
         Command::Run(source) => run(&source),
         Command::Try(arguments) => try_out(&arguments),
-        Command::CheckConfig(source) => {
-            let code = cli::check_config(&source, &environment, &mut io::stdout(), &mut io::stderr())?;
-            Ok(ExitCode::from(code))
-        }
-        Command::Report(arguments) => {
-            let (mut out, mut err) = (io::stdout(), io::stderr());
-            wait_for(report::run(&arguments, &environment, &mut out, &mut err))
-        }
-        Command::Calibrate(arguments) => {
-            let (mut out, mut err) = (io::stdout(), io::stderr());
-            wait_for(calibrate::run(&arguments, &environment, &mut out, &mut err))
-        }
-        Command::Ledger(arguments) => {
-            let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-            let (mut out, mut err) = (io::stdout(), io::stderr());
-            let done = bookkeeper::command::run(&arguments, &environment, &mut out, &mut err);
-            Ok(ExitCode::from(runtime.block_on(done)?))
-        }
-        Command::Doctor(arguments) => {
-            let code = doctor::run(&arguments, environment, &mut io::stdout(), &mut io::stderr())?;
-            Ok(ExitCode::from(code))
-        }
+        Command::CheckConfig(source) => end(cli::check_config(&source, &environment)),
+        Command::Report(arguments) => wait_for(report::run(&arguments, &environment)),
+        Command::Calibrate(arguments) => wait_for(calibrate::run(&arguments, &environment)),
+        Command::Ledger(arguments) => wait_for(bookkeeper::command::run(&arguments, &environment)),
+        Command::Doctor(arguments) => end(doctor::run(&arguments, environment)),
         Command::EmbeddedClickhouse(arguments) => {
-            start_log(&Config::default().log);
+            log::start(&Config::default().log);
             embedded::run(&arguments, &environment)
         }
         #[cfg(target_os = "linux")]
@@ -57,9 +40,14 @@ fn main() -> anyhow::Result<ExitCode> {
 }
 
 /// Waits for a command that asks ClickHouse.
-fn wait_for(command: impl Future<Output = io::Result<u8>>) -> anyhow::Result<ExitCode> {
+fn wait_for(command: impl Future<Output = Result<Answer, Failure>>) -> anyhow::Result<ExitCode> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(ExitCode::from(runtime.block_on(command)?))
+    end(runtime.block_on(command))
+}
+
+fn end(done: Result<Answer, Failure>) -> anyhow::Result<ExitCode> {
+    let code = command::end(done, &mut io::stdout(), &mut io::stderr())?;
+    Ok(ExitCode::from(code))
 }
 
 fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
@@ -67,7 +55,7 @@ fn run(source: &ConfigSource) -> anyhow::Result<ExitCode> {
         Ok(config) => serve(config, |_| {}),
         Err(error) => {
             eprintln!("{error}");
-            Ok(ExitCode::from(EXIT_CONFIG))
+            Ok(ExitCode::from(exit::CONFIG))
         }
     }
 }
@@ -92,7 +80,7 @@ fn try_out(arguments: &TryArgs) -> anyhow::Result<ExitCode> {
 
 /// Runs a gateway with this configuration; `up` is told once it takes connections.
 fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCode> {
-    start_log(&config.log);
+    log::start(&config.log);
     let listeners = gateway::bind_for_clients(&config)?;
     let program = std::env::current_exe().context("the program's own file is not known")?;
     let mut helper = process::Command::new(&program);
@@ -103,10 +91,10 @@ fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCo
         Ok(source) => source,
         Err(error) => {
             eprintln!("capture: {}: {error}", config.capture);
-            return Ok(ExitCode::from(EXIT_CONFIG));
+            return Ok(ExitCode::from(exit::CONFIG));
         }
     };
-    raise_descriptor_limit(config.proxy.max_connections);
+    descriptors::raise_for(config.proxy.max_connections);
     let upstreams: Vec<String> = config
         .upstreams
         .iter()
@@ -123,15 +111,20 @@ fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCo
     if let Some(bookkeeper) = &bookkeeper {
         gateway.show_ledger(bookkeeper.stats())?;
     }
+    let budgets = BudgetKeeper::of(gateway.config(), gateway.limiter(), store.as_ref());
     let clients = gateway.client_addr().map(|addr| addr.to_string());
     let admin = gateway.admin_addr();
     gateway.runtime()?.block_on(async {
-        let stop = stop_signal()?;
+        let stop = stop::to_drain().context("SIGTERM and SIGINT cannot be caught")?;
         tracing::info!(%capture, clients, %admin, upstreams = upstreams.join(", "), "gateway is up");
         up(&gateway);
         let storing = store.map(|store| store.start(program, environment));
         let bookkeeping = bookkeeper.map(Bookkeeper::start);
+        let keeping = budgets.map(BudgetKeeper::start);
         let cut_off = gateway.run(stop).await?;
+        if let Some(keeping) = keeping {
+            keeping.finish();
+        }
         if let Some(bookkeeping) = bookkeeping {
             bookkeeping.finish().await;
         }
@@ -143,58 +136,6 @@ fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCo
     })
 }
 
-/// Says what the system allows: with too few descriptors, clients would wait where `max_connections` says they need not.
-fn raise_descriptor_limit(max_connections: u32) {
-    let Some(available) = descriptors::raise_limit() else {
-        return;
-    };
-    let clients = descriptors::clients_within(available);
-    if clients < u64::from(max_connections) {
-        tracing::warn!(
-            descriptors = available,
-            clients,
-            max_connections,
-            "the limit on open files serves fewer clients than proxy.max_connections; raise it (ulimit -Hn, LimitNOFILE) or lower that"
-        );
-    } else {
-        tracing::info!(descriptors = available, "open files and sockets are limited");
-    }
-}
-
 fn environment(name: &str) -> Option<OsString> {
     std::env::var_os(name)
-}
-
-/// Logs go to standard error; `RUST_LOG` overrides the configured level.
-fn start_log(config: &LogConfig) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(config.level.as_str()));
-    let colours = io::stderr().is_terminal();
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(colours);
-    match config.format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
-    }
-}
-
-/// Done at the first SIGTERM or SIGINT. A second one ends the process at once, for a user who will not wait.
-fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("draining: requests in flight may end, new connections are refused");
-        tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            process::exit(130);
-        });
-    })
 }

@@ -6,7 +6,7 @@
 use crate::config::Config;
 use crate::event::{CapturedBy, RequestEvent};
 use crate::ledger::{Evidence, Slice, Totals};
-use crate::vllm::families::Unsupported;
+use crate::vllm::page::Unsupported;
 use crate::wire::endpoint::{Endpoint, Purpose};
 use crate::wire::exchange::{Outcome, UsageSource};
 use std::collections::HashMap;

@@ -277,14 +277,22 @@ async fn a_stream_that_runs_is_known_to_use_tokens() {
         let mut some = vec![0; 64 * 1024];
         while client.read(&mut some).await.is_ok_and(|read| read > 0) {}
     });
-    let refused = eventually(
-        "another request to be refused while the stream runs",
-        async || {
-            let answer = ask(&gateway, "red").await;
-            (answer.status == 429).then_some(answer)
-        },
+    // Nobody else uses any.
+    eventually("more to be used than there is", async || {
+        let used = metric_sum(
+            &gateway.metrics().await,
+            "gateway_limit_used",
+            &["tokens_per_minute"],
+        );
+        (used > 40.0).then_some(())
+    })
+    .await;
+    assert!(gateway.events.now().is_empty(), "the stream has not ended");
+    let refused = ask(&gateway, "red").await;
+    assert_eq!(
+        (refused.status, &refused.body["error"]["code"]),
+        (429, &Value::from("rate_limit_exceeded"))
     );
-    assert_eq!(refused.await.body["error"]["code"], "rate_limit_exceeded");
     assert!(!reading.is_finished(), "the stream itself goes on");
     reading.abort();
 }

@@ -4,7 +4,6 @@
 //! The object lies in the repository beside a digest of the sources that it was made of, and a test fails when they part. Two
 //! compilers differ in the object that they make, so that the object's own digest only says that it is the one that was built with them.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,8 +11,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
-use crate::stage;
 use crate::tools::{self, Tool};
+use crate::{digest, stage};
 
 /// Where the compiled probe lies, and its digests.
 const OBJECT: &str = "gateway-ebpf/prebuilt/gateway-ebpf.o";
@@ -188,7 +187,7 @@ fn digests(root: &Path) -> Result<String> {
     Ok(format!(
         "{}  sources\n{}  object\n",
         digest_of_sources(root)?,
-        hex(&Sha256::digest(object))
+        digest::hex(object)
     ))
 }
 
@@ -206,7 +205,7 @@ fn digest_of_sources(root: &Path) -> Result<String> {
         digest.update(format!("{name} {}\n", bytes.len()));
         digest.update(bytes);
     }
-    Ok(hex(&digest.finalize()))
+    Ok(digest::text(&digest.finalize()))
 }
 
 fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
@@ -219,14 +218,6 @@ fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         collect(&entry?.path(), files)?;
     }
     Ok(())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

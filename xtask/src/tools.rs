@@ -24,7 +24,7 @@ pub struct Tool {
 }
 
 /// What the tests call.
-pub const FOR_TESTS: [Tool; 4] = [
+pub const FOR_TESTS: [Tool; 6] = [
     Tool {
         name: "promtool",
         probe: &["promtool", "--version"],
@@ -53,6 +53,20 @@ pub const FOR_TESTS: [Tool; 4] = [
         debian_package: "chromium",
         brew_formula: "chromium",
         needed_by: "the test of the console in a browser",
+    },
+    Tool {
+        name: "busybox",
+        probe: &["busybox", "true"],
+        debian_package: "busybox",
+        brew_formula: "nothing, it is for Linux",
+        needed_by: "the test of what the images run",
+    },
+    Tool {
+        name: "strace",
+        probe: &["strace", "--version"],
+        debian_package: "strace",
+        brew_formula: "nothing, it is for Linux",
+        needed_by: "the test of the systemd unit's limits",
     },
 ];
 
@@ -148,6 +162,22 @@ impl Tool {
             debian_package,
             brew_formula: "rustup",
             needed_by: "building the kernel probe",
+        }
+    }
+
+    /// A tool that one check alone takes, which is only made on Linux.
+    pub const fn for_tests(
+        name: &'static str,
+        probe: &'static [&'static str],
+        debian_package: &'static str,
+        needed_by: &'static str,
+    ) -> Tool {
+        Tool {
+            name,
+            probe,
+            debian_package,
+            brew_formula: "nothing, it is for Linux",
+            needed_by,
         }
     }
 

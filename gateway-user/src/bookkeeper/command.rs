@@ -6,21 +6,16 @@
 use super::desk::{CHUNK, Change, Desk, Outcome, count};
 use super::month::{self, CloseError};
 use super::{Rules, Upstream, opened};
-use crate::cli::ConfigSource;
 use crate::clock;
-use crate::config::{Config, EXIT_CONFIG, Env};
+use crate::command::period::{self, Moment, PeriodError};
+use crate::command::{Answer, ConfigSource, Failure, exit};
+use crate::config::{Config, Env};
 use crate::ledger::due::{chunks, open_parts};
 use crate::ledger::{Bounds, Clock, Micros, Month, Recompute, Span, State, Window};
-use crate::report::period::{self, Moment, PeriodError};
-use crate::report::{EXIT_DATABASE, EXIT_REFUSED, EXIT_UNAVAILABLE, EXIT_USAGE};
 use crate::store::figures::{FiguresReader, ReadError};
 use crate::store::ledger::{LedgerError, LedgerStore};
 use clap::Args;
 use std::fmt::Write as _;
-use std::io::{self, Write};
-
-/// A month cannot be closed yet (`EX_TEMPFAIL` of sysexits).
-pub const EXIT_NOT_YET: u8 = 75;
 
 /// What is said below the options.
 const AFTER_HELP: &str = "\
@@ -71,50 +66,25 @@ enum CommandError {
     Close(#[from] CloseError),
 }
 
-impl CommandError {
-    fn exit_code(&self) -> u8 {
-        match self {
-            CommandError::Period(_) | CommandError::NoUpstream { .. } => EXIT_USAGE,
-            CommandError::ReadOnly => EXIT_REFUSED,
-            CommandError::Close(_) => EXIT_NOT_YET,
-            CommandError::Read(error) => match error {
-                ReadError::NoStore => EXIT_CONFIG,
-                ReadError::Refused { .. } => EXIT_REFUSED,
-                ReadError::NoDatabase { .. } | ReadError::OtherSchema { .. } => EXIT_DATABASE,
-                _ => EXIT_UNAVAILABLE,
-            },
-        }
+impl From<CommandError> for Failure {
+    fn from(error: CommandError) -> Failure {
+        let code = match &error {
+            CommandError::Period(_) | CommandError::NoUpstream { .. } => exit::USAGE,
+            CommandError::ReadOnly => exit::REFUSED,
+            CommandError::Close(_) => exit::NOT_YET,
+            CommandError::Read(error) => exit::of_read(error),
+        };
+        Failure::new(error, code)
     }
 }
 
-/// Does what is asked for, says so to `out`, and what stands in its way to `err`. Returns the exit code.
+/// Does what is asked for, and says what it did.
 ///
 /// # Errors
-/// When the output cannot be written.
-pub async fn run(
-    arguments: &LedgerArgs,
-    env: Env<'_>,
-    out: &mut dyn Write,
-    err: &mut dyn Write,
-) -> io::Result<u8> {
-    let config = match arguments.source.load(env) {
-        Ok(config) => config,
-        Err(error) => {
-            writeln!(err, "{error}")?;
-            return Ok(EXIT_CONFIG);
-        }
-    };
-    match Command::of(&config, arguments).run().await {
-        Ok(text) => {
-            out.write_all(text.as_bytes())?;
-            out.flush()?;
-            Ok(0)
-        }
-        Err(error) => {
-            writeln!(err, "{error}")?;
-            Ok(error.exit_code())
-        }
-    }
+/// What stands in its way.
+pub async fn run(arguments: &LedgerArgs, env: Env<'_>) -> Result<Answer, Failure> {
+    let config = arguments.source.load(env)?;
+    Ok(Answer::of(Command::of(&config, arguments).run().await?))
 }
 
 struct Command<'a> {

@@ -11,16 +11,13 @@ mod solve;
 mod text;
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
-use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
 pub use self::fit::{Estimate, Fit, Observation, Part, Quality, TooLittle, Trust};
-use crate::cli::ConfigSource;
-use crate::config::{Config, EXIT_CONFIG, Env, LedgerConfig};
-use crate::report::period::{self, Moment, PeriodError};
-use crate::report::{EXIT_USAGE, exit_code_of, time};
+use crate::command::period::{PeriodArgs, PeriodError};
+use crate::command::{Answer, ConfigSource, Failure, exit, time};
+use crate::config::{Config, Env, LedgerConfig};
 use crate::store::figures::{FiguresReader, Period, ReadError, WindowWork};
 
 /// No upstream had enough to fit anything to.
@@ -43,15 +40,8 @@ Exit codes: 0 at least one upstream was fitted; 1 none had enough to fit; 2 the 
 pub struct CalibrateArgs {
     #[command(flatten)]
     source: ConfigSource,
-    /// The time up to now, such as 6h or 7d [default: 24h].
-    #[arg(long, value_name = "TIME", value_parser = crate::config::units::parse_duration, conflicts_with = "from")]
-    since: Option<Duration>,
-    /// First moment: a date, which begins at 00:00 UTC, or a time in RFC 3339 (2026-11-24T08:00:00Z).
-    #[arg(long, value_name = "TIME", value_parser = Moment::parse)]
-    from: Option<Moment>,
-    /// First moment that is not in it any more [default: now].
-    #[arg(long, value_name = "TIME", value_parser = Moment::parse, requires = "from")]
-    to: Option<Moment>,
+    #[command(flatten)]
+    period: PeriodArgs,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
     format: Format,
@@ -82,47 +72,37 @@ struct Calibration {
     by_upstream: BTreeMap<String, Result<Fit, TooLittle>>,
 }
 
-/// Prints the fits to `out`, and what stands in their way to `err`. Returns the exit code.
+impl From<CalibrateError> for Failure {
+    fn from(error: CalibrateError) -> Failure {
+        let code = match &error {
+            CalibrateError::Period(_) => exit::USAGE,
+            CalibrateError::Read(error) => exit::of_read(error),
+        };
+        Failure::new(error, code)
+    }
+}
+
+/// The fits, as they are printed.
 ///
 /// # Errors
-/// When the output cannot be written. A reader that has seen enough (`| head`) is none.
-pub async fn run(
-    arguments: &CalibrateArgs,
-    env: Env<'_>,
-    out: &mut dyn Write,
-    err: &mut dyn Write,
-) -> io::Result<u8> {
-    let config = match arguments.source.load(env) {
-        Ok(config) => config,
-        Err(error) => {
-            writeln!(err, "{error}")?;
-            return Ok(EXIT_CONFIG);
-        }
-    };
-    let calibration = match calibrate(arguments, config).await {
-        Ok(calibration) => calibration,
-        Err(error) => {
-            writeln!(err, "{error}")?;
-            return Ok(match &error {
-                CalibrateError::Period(_) => EXIT_USAGE,
-                CalibrateError::Read(error) => exit_code_of(error),
-            });
-        }
-    };
+/// What stands in their way.
+pub async fn run(arguments: &CalibrateArgs, env: Env<'_>) -> Result<Answer, Failure> {
+    let config = arguments.source.load(env)?;
+    let calibration = calibrate(arguments, config).await?;
     let text = match arguments.format {
         Format::Text => text::text(&calibration),
         Format::Json => text::json(&calibration),
     };
     let is_fitted = calibration.by_upstream.values().any(Result::is_ok);
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
-        _ if is_fitted => Ok(0),
-        _ => Ok(EXIT_TOO_LITTLE),
-    }
+    let code = if is_fitted { 0 } else { EXIT_TOO_LITTLE };
+    Ok(Answer {
+        code,
+        ..Answer::of(text)
+    })
 }
 
 async fn calibrate(arguments: &CalibrateArgs, config: Config) -> Result<Calibration, CalibrateError> {
-    let period = period::of(arguments.since, arguments.from, arguments.to, time::now_us())?;
+    let period = arguments.period.of(time::now_us())?;
     let work = FiguresReader::new(&config.store)?.work(period).await?;
     let mut by_upstream: BTreeMap<String, Result<Fit, TooLittle>> = config
         .upstreams

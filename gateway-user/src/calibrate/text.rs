@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use super::fit::{Fit, Part, Quality, TooLittle, Trust};
 use super::{Calibration, WINDOWS_TOGETHER};
+use crate::command::time;
 use crate::ledger::{Millionths, Weights};
-use crate::report::time;
 
 /// What is weighed, and how it is called.
 const PARTS: [(Part, &str); 4] = [

@@ -7,9 +7,10 @@ use std::ffi::OsString;
 use super::{
     error::{Place, Problem},
     read::Findings,
-    schema::{Config, UpstreamConfig},
+    schema::{AdminToken, Config, UpstreamConfig},
     setting::Setting,
-    values::Name,
+    token::{TokenDigest, TokenScope},
+    values::{Name, Secret},
     words::Serves,
 };
 
@@ -17,9 +18,10 @@ use super::{
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 /// Every variable that is read, in the order in which they are documented.
-pub const VARIABLES: [&str; 17] = [
+pub const VARIABLES: [&str; 18] = [
     "GATEWAY_LISTEN_ADDR",
     "GATEWAY_ADMIN_ADDR",
+    "GATEWAY_ADMIN_TOKEN",
     "GATEWAY_WORKERS",
     "GATEWAY_CAPTURE",
     "GATEWAY_TAP_CGROUP",
@@ -46,6 +48,7 @@ pub(super) fn apply(env: Env<'_>, findings: &mut Findings<'_>, config: &mut Conf
         &mut config.gateway.listen,
     );
     from.set("GATEWAY_ADMIN_ADDR", "admin.listen", &mut config.admin.listen);
+    from.add_admin_token("GATEWAY_ADMIN_TOKEN", &mut config.admin.tokens);
     from.set("GATEWAY_WORKERS", "gateway.workers", &mut config.gateway.workers);
     from.set("GATEWAY_CAPTURE", "capture", &mut config.capture);
     from.set("GATEWAY_TAP_CGROUP", "tap.cgroup", &mut config.tap.cgroup);
@@ -108,6 +111,29 @@ impl Override<'_, '_, '_> {
         {
             *into = value;
         }
+    }
+
+    /// One more token of scope admin, behind those of the file: the token itself, so that a container and what scrapes it can share one secret.
+    fn add_admin_token(&mut self, variable: &'static str, tokens: &mut Vec<AdminToken>) {
+        let Some(text) = self.text(variable) else { return };
+        let path = format!("admin.tokens[{}].sha256", tokens.len());
+        let Some(secret) = self.findings.read_text::<Secret>(variable, &path, &text) else {
+            return;
+        };
+        let bytes = secret.expose().as_bytes();
+        if bytes.len() < AdminToken::BYTES_MIN || !bytes.iter().all(u8::is_ascii_graphic) {
+            let message = format!(
+                "expected at least {} visible ASCII characters without a space, found others: `openssl rand -hex 32` makes a good one",
+                AdminToken::BYTES_MIN
+            );
+            self.findings.refuse(&path, message);
+            return;
+        }
+        tokens.push(AdminToken {
+            name: Name::from_static(variable),
+            sha256: TokenDigest::of(bytes),
+            scope: TokenScope::Admin,
+        });
     }
 
     /// The first upstream of a kind gets the first address; each further one becomes a replica of it, named after it, at

@@ -2,9 +2,6 @@
 
 use std::{fmt, io, path::PathBuf};
 
-/// Exit code of a program whose config cannot be used: `EX_CONFIG` of `sysexits.h`, which supervisors can tell from a crash.
-pub const EXIT_CONFIG: u8 = 78;
-
 /// Longest quotation of a value in a message; more would bury the message.
 const QUOTE_CHARS_MAX: usize = 64;
 

@@ -28,7 +28,7 @@ use std::path::Path;
 
 pub use env::Env;
 pub(crate) use error::quote;
-pub use error::{ConfigError, EXIT_CONFIG, Place, Problem};
+pub use error::{ConfigError, Place, Problem};
 pub use limits::{BudgetConfig, LimitsConfig, TeamEntry, TeamLimits};
 pub use schema::{
     AdminConfig, AdminToken, Config, GatewayConfig, IdentityConfig, LedgerConfig, LogConfig, MetricsConfig,

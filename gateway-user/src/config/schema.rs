@@ -105,6 +105,12 @@ pub struct AdminToken {
     pub scope: TokenScope,
 }
 
+impl AdminToken {
+    /// Least length of one that the environment gives: nobody guesses 16 random bytes, and a word is no token. Of one in the file only the digest
+    /// is known, which tells no length.
+    pub const BYTES_MIN: usize = 16;
+}
+
 /// Section `identity`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct IdentityConfig {

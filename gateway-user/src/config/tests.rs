@@ -4,6 +4,7 @@ use std::{collections::HashMap, ffi::OsString, path::PathBuf, time::Duration};
 
 use proptest::prelude::*;
 
+use super::token::{TokenDigest, TokenScope};
 use super::*;
 use crate::identity::TeamId;
 use crate::ledger::{Micros, Millionths, NanoUsd, PerMillion, Price, Rate};
@@ -590,6 +591,45 @@ fn the_environment_wins_over_the_file() {
 }
 
 #[test]
+fn the_environment_adds_a_token_to_those_of_the_file() {
+    let digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+    let text = format!("admin: {{tokens: [{{name: a, sha256: {digest}, scope: 'team:a'}}]}}");
+    let token = "0123456789abcdef";
+    let tokens = with_env(&text, &[("GATEWAY_ADMIN_TOKEN", token)])
+        .unwrap()
+        .admin
+        .tokens;
+    assert_eq!(tokens.len(), 2);
+    assert_eq!(tokens[1].sha256, TokenDigest::of(token.as_bytes()));
+    assert_eq!(tokens[1].scope, TokenScope::Admin);
+    assert!(
+        with_env("", &[("GATEWAY_ADMIN_TOKEN", "")])
+            .unwrap()
+            .admin
+            .tokens
+            .is_empty()
+    );
+    for wrong in ["0123456789abcde", "0123456789 abcdef", "0123456789abcdeü"] {
+        let error = with_env("", &[("GATEWAY_ADMIN_TOKEN", wrong)]).unwrap_err();
+        let message = error.to_string();
+        assert!(
+            message.starts_with("environment variable GATEWAY_ADMIN_TOKEN: ") && message.contains("openssl"),
+            "{message}"
+        );
+        assert!(!format!("{message} {error:?}").contains(wrong), "{message}");
+    }
+    let twice = with_env(
+        &text.replace(
+            digest,
+            "9f9f5111f7b27a781f1f1ddde5ebc2dd2b796bfc7365c9c28b548e564176929f",
+        ),
+        &[("GATEWAY_ADMIN_TOKEN", token)],
+    );
+    let message = twice.unwrap_err().to_string();
+    assert!(message.contains("already"), "{message}");
+}
+
+#[test]
 fn the_program_asks_for_the_documented_variables_and_no_others() {
     let asked = std::cell::RefCell::new(Vec::new());
     let note = |name: &str| {
@@ -745,7 +785,7 @@ fn secrets_are_in_no_output_and_no_message() {
     }
     let error = parse("store: {password: 20240131}").unwrap_err();
     assert!(!error.to_string().contains("20240131"), "{error}");
-    for variable in ["GATEWAY_SECRET", "CLICKHOUSE_PASSWORD"] {
+    for variable in ["GATEWAY_SECRET", "GATEWAY_ADMIN_TOKEN", "CLICKHOUSE_PASSWORD"] {
         let error = with_env("", &[(variable, "hunter2\n")]).unwrap_err();
         assert!(!format!("{error} {error:?}").contains("hunter2"), "{error}");
     }

@@ -2,8 +2,9 @@
 
 use super::Check;
 use super::upstream::{Asking, shown};
-use crate::vllm::families::{Page, Unsupported, names_in, newest_names};
+use crate::vllm::names::{names_in, newest_names};
 use crate::vllm::origin::follows;
+use crate::vllm::page::{Page, Unsupported};
 use hyper::StatusCode;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};

@@ -40,12 +40,12 @@ mod upstream;
 
 pub use check::{Check, Part, State, Verdict};
 
-use crate::cli::ConfigSource;
-use crate::config::{Capture, Config, EXIT_CONFIG};
+use crate::command::{Answer, ConfigSource, Failure, exit};
+use crate::config::{Capture, Config};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io;
 use std::pin::Pin;
 use std::time::Duration;
 use tokio::runtime::Builder;
@@ -139,30 +139,24 @@ impl Report {
     }
 }
 
-/// Looks, writes what was found to `out`, and returns the exit code. A config that cannot be used is told to `err`.
+/// What was found, as it is printed.
 ///
 /// # Errors
-/// When the output cannot be written, or the system gives no threads.
-pub fn run(
-    arguments: &DoctorArgs,
-    variable: fn(&str) -> Option<OsString>,
-    out: &mut dyn Write,
-    err: &mut dyn Write,
-) -> io::Result<u8> {
-    let config = match arguments.source.load(&variable) {
-        Ok(config) => config,
-        Err(error) => {
-            writeln!(err, "{error}")?;
-            return Ok(EXIT_CONFIG);
-        }
-    };
-    let report = examine(config, arguments.probe_requests, variable)?;
+/// A config that cannot be used, or a system that gives no threads.
+pub fn run(arguments: &DoctorArgs, variable: fn(&str) -> Option<OsString>) -> Result<Answer, Failure> {
+    let config = arguments.source.load(&variable)?;
+    let report = examine(config, arguments.probe_requests, variable).map_err(|error| {
+        let why = format!("expected threads to look with, found that the system gives none: {error}");
+        Failure::new(why, exit::OS)
+    })?;
     let text = match arguments.format {
         Format::Table => render::table(&report),
         Format::Json => render::json(&report),
     };
-    out.write_all(text.as_bytes())?;
-    Ok(report.exit_code)
+    Ok(Answer {
+        code: report.exit_code,
+        ..Answer::of(text)
+    })
 }
 
 /// Looks at everything.
@@ -302,7 +296,7 @@ mod tests {
             EXIT_PROXY_ONLY,
             EXIT_TAP_ONLY,
             EXIT_NEITHER,
-            EXIT_CONFIG,
+            exit::CONFIG,
         ] {
             assert!(
                 AFTER_HELP.contains(&format!("\n  {code} ")),

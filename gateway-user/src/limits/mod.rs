@@ -5,6 +5,7 @@
 //!
 //! * [`rate`], [`concurrency`], [`tokens`], [`budget`]: counting, pure, with time passed in.
 //! * [`team`]: all limits of one team under one short lock, so that a request is let in by all of them or uses none; [`denial`] says why not.
+//! * [`account`]: what budgets are told of the world beyond this process; [`memo`]: what is written down of them for a restart.
 //!
 //! Promises: a team without limits costs a look into a map at most, and no lock where nobody has any; nothing here waits. Memory is bounded by the
 //! labels of the metrics: teams of the configuration have limits of their own for certain, others as long as there are labels
@@ -18,9 +19,11 @@
 //!
 //! Left out: limits over all gateways for anything but budgets (each gateway has its own buckets), reservations, and cutting off what runs.
 
+pub mod account;
 pub mod budget;
 pub mod concurrency;
 pub mod denial;
+pub mod memo;
 pub mod rate;
 pub mod team;
 pub mod tokens;

@@ -2,12 +2,12 @@
 //!
 //! A series says what is known now. That of a model that is gone, of an upstream whose scrape fails, and of a value that became unknown
 //! is removed; a counter that comes back begins at the growth since the last good scrape, which Prometheus takes for a restart
-//! and adds up rightly. Models are bounded by the reader of the page ([`crate::vllm::families::MODELS_MAX`] an upstream).
+//! and adds up rightly. Models are bounded by the reader of the page ([`crate::vllm::page::MODELS_MAX`] an upstream).
 
 use super::families::Maker;
 use crate::ledger::Condition;
 use crate::vllm::SystemSample;
-use crate::vllm::families::Unsupported;
+use crate::vllm::page::Unsupported;
 use crate::vllm::scrape::ScrapeError;
 use prometheus::{GaugeVec, IntCounter, IntCounterVec, IntGauge, Opts, Result};
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,7 +1,7 @@
 //! The bill of a month, and how an invoice is shared out by it.
 
 use super::line::{Line, Whose};
-use super::time;
+use crate::command::time;
 use crate::ledger::NanoUsd;
 use crate::ledger::money::apportion;
 use crate::store::figures::Period;

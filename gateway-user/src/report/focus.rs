@@ -11,7 +11,8 @@
 //! the data beside its parts. What FOCUS has no column for has one with its prefix `x_`.
 
 use super::Report;
-use super::{amount, csv, time};
+use super::{amount, csv};
+use crate::command::time;
 use crate::store::figures::{ChargeRow, Period};
 
 /// Who bills where nobody is named.

@@ -5,7 +5,7 @@ use super::bill::Bill;
 use super::column::{Column, key_names};
 use super::line::{Line, Whose};
 use super::proof::{Proof, UpstreamProof};
-use super::time;
+use crate::command::time;
 use crate::store::Backlog;
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};

@@ -6,7 +6,7 @@
 //!
 //! Costs come from the ledger, by 15-second windows: those that begin in the period, each a whole one. So a request that runs on from one period
 //! into the next has a part of its cost in each, and its charge in the second. Lines that nobody has stand below the groups, and all lines sum to
-//! the bill of the windows, which is proved and not supposed: where it is not so, the report says it and exits with [`EXIT_UNEVEN`]. Amounts are
+//! the bill of the windows, which is proved and not supposed: where it is not so, the report says it and exits with [`exit::UNEVEN`]. Amounts are
 //! whole nano-USD until they are written.
 //!
 //! All formats print the same columns, but for FOCUS, whose columns are those of another house.
@@ -18,14 +18,13 @@ mod csv;
 mod focus;
 mod json;
 mod line;
-pub(crate) mod period;
 mod proof;
 mod reconciliation;
 mod table;
-pub(crate) mod time;
 
-use crate::cli::ConfigSource;
-use crate::config::{Config, EXIT_CONFIG, Env};
+use crate::command::period::{PeriodArgs, PeriodError};
+use crate::command::{Answer, ConfigSource, Failure, exit, time};
+use crate::config::{Config, Env};
 use crate::ledger::NanoUsd;
 use crate::store::StoreError;
 use crate::store::figures::{ChargeRow, Dimension, FiguresReader, LedgerFigures, Period, ReadError};
@@ -34,24 +33,8 @@ use bill::{Bill, Month, NothingToShareBy};
 use clap::{Args, ValueEnum};
 use column::{COLUMNS, Column, Shown};
 use line::{Line, lines_of};
-use period::{Moment, PeriodError};
 use proof::Proof;
-use std::io::{self, Write};
 use std::path::PathBuf;
-use std::time::Duration;
-
-/// The arguments are wrong; what clap itself exits with then.
-pub const EXIT_USAGE: u8 = 2;
-/// The database is not there, or not one that this program reads (`EX_DATAERR` of sysexits).
-pub const EXIT_DATABASE: u8 = 65;
-/// ClickHouse does not answer, or not this question (`EX_UNAVAILABLE`).
-pub const EXIT_UNAVAILABLE: u8 = 69;
-/// The ledger's lines do not sum to its bill (`EX_SOFTWARE`). The report is printed all the same.
-pub const EXIT_UNEVEN: u8 = 70;
-/// The spool cannot be read (`EX_IOERR`).
-pub const EXIT_SPOOL: u8 = 74;
-/// ClickHouse refuses the user (`EX_NOPERM`).
-pub const EXIT_REFUSED: u8 = 77;
 
 /// What is said below the options.
 const AFTER_HELP: &str = "\
@@ -76,15 +59,8 @@ refuses the user or password; 78 the config is wrong, or keeps no rows";
 pub struct ReportArgs {
     #[command(flatten)]
     source: ConfigSource,
-    /// The time up to now, such as 15m or 24h [default: 24h].
-    #[arg(long, value_name = "TIME", value_parser = crate::config::units::parse_duration, conflicts_with = "from")]
-    since: Option<Duration>,
-    /// First moment: a date, which begins at 00:00 UTC, or a time in RFC 3339 (2026-11-24T08:00:00Z).
-    #[arg(long, value_name = "TIME", value_parser = Moment::parse)]
-    from: Option<Moment>,
-    /// First moment that is not in it any more [default: now].
-    #[arg(long, value_name = "TIME", value_parser = Moment::parse, requires = "from")]
-    to: Option<Moment>,
+    #[command(flatten)]
+    period: PeriodArgs,
     /// The bill of a month (UTC), such as 2026-11, and the proof that it adds up; a month that still runs is said to.
     #[arg(long, value_name = "MONTH", value_parser = Month::parse, conflicts_with_all = ["since", "from", "to"])]
     bill: Option<Month>,
@@ -171,76 +147,49 @@ impl ReportError {
             | ReportError::NotBilled { .. }
             | ReportError::GroupedFocus
             | ReportError::NoIssuer
-            | ReportError::NoCosts => EXIT_USAGE,
-            ReportError::Spool(_) => EXIT_SPOOL,
-            ReportError::Read(error) => exit_code_of(error),
+            | ReportError::NoCosts => exit::USAGE,
+            ReportError::Spool(_) => exit::SPOOL,
+            ReportError::Read(error) => exit::of_read(error),
         }
     }
 }
 
-/// How a command ends that cannot read.
-pub(crate) fn exit_code_of(error: &ReadError) -> u8 {
-    match error {
-        ReadError::NoStore => EXIT_CONFIG,
-        ReadError::NoAnswer { .. } | ReadError::Failed { .. } => EXIT_UNAVAILABLE,
-        ReadError::Refused { .. } => EXIT_REFUSED,
-        ReadError::NoDatabase { .. } | ReadError::OtherSchema { .. } => EXIT_DATABASE,
+impl From<ReportError> for Failure {
+    fn from(error: ReportError) -> Failure {
+        let code = error.exit_code();
+        Failure::new(error, code)
     }
 }
 
-/// Prints the report to `out`, and what stands in its way to `err`. Returns the exit code.
+/// The report, as it is printed.
 ///
 /// # Errors
-/// When the output cannot be written. A reader that has seen enough (`| head`) is none.
-pub async fn run(
-    arguments: &ReportArgs,
-    env: Env<'_>,
-    out: &mut dyn Write,
-    err: &mut dyn Write,
-) -> io::Result<u8> {
-    let config = match arguments.source.load(env) {
-        Ok(config) => config,
-        Err(error) => {
-            writeln!(err, "{error}")?;
-            return Ok(EXIT_CONFIG);
-        }
-    };
+/// What stands in its way.
+pub async fn run(arguments: &ReportArgs, env: Env<'_>) -> Result<Answer, Failure> {
+    let config = arguments.source.load(env)?;
     if arguments.reconciliation {
-        let text = match reconcile(arguments, &config).await {
-            Ok(text) => text,
-            Err(error) => {
-                writeln!(err, "{error}")?;
-                return Ok(error.exit_code());
-            }
-        };
-        return write(out, &text, 0);
+        return Ok(Answer::of(reconcile(arguments, &config).await?));
     }
-    let report = match gather(arguments, &config).await {
-        Ok(report) => report,
-        Err(error) => {
-            writeln!(err, "{error}")?;
-            return Ok(error.exit_code());
-        }
-    };
+    let report = gather(arguments, &config).await?;
+    let mut notes = Vec::new();
     let text = match arguments.format {
         Format::Table => table::print(&report),
         Format::Csv => {
-            writeln!(err, "{}\n{}", report.lacks(), report.explained())?;
+            notes.extend([report.lacks(), report.explained()]);
             csv::print(&report)
         }
         Format::Json => json::print(&report),
         Format::Focus => {
-            writeln!(err, "{}", report.explained())?;
+            notes.push(report.explained());
             let issuer = arguments.issuer.as_deref().unwrap_or(focus::ISSUER_DEFAULT);
             focus::print(&report, &config.store.database, issuer)
         }
     };
     let wrong = report.proof.wrong();
-    for sentence in &wrong {
-        writeln!(err, "{sentence}")?;
-    }
-    let code = if wrong.is_empty() { 0 } else { EXIT_UNEVEN };
-    write(out, &text, code)
+    let code = if wrong.is_empty() { 0 } else { exit::UNEVEN };
+    notes.extend(wrong);
+    let notes = notes.into_iter().map(|note| note + "\n").collect();
+    Ok(Answer { text, notes, code })
 }
 
 /// What `--reconciliation` prints.
@@ -258,18 +207,11 @@ async fn reconcile(arguments: &ReportArgs, config: &Config) -> Result<String, Re
     ))
 }
 
-fn write(out: &mut dyn Write, text: &str, code: u8) -> io::Result<u8> {
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
-        _ => Ok(code),
-    }
-}
-
 /// The month that was asked for, or the period.
 fn period_of(arguments: &ReportArgs, now_us: i64) -> Result<Period, PeriodError> {
     match arguments.bill.and_then(Month::period) {
         Some(month) => Ok(month),
-        None => period::of(arguments.since, arguments.from, arguments.to, now_us),
+        None => arguments.period.of(now_us),
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::amount;
 use super::table::aligned;
-use super::time;
+use crate::command::time;
 use crate::config::{Config, UpstreamConfig};
 use crate::ledger::{Micros, PriceList, Span, Window};
 use crate::store::figures::{ClosedMonth, LedgerFigures, Period, RulesUse, UnevenWindow, UpstreamBooks};

@@ -1,7 +1,8 @@
 //! `vllm-gateway report --reconciliation`: what the engines counted against what requests are known to have used, a line for each upstream, with what
 //! may explain a difference.
 
-use super::{Format, time};
+use super::Format;
+use crate::command::time;
 use crate::config::ReconciliationConfig;
 use crate::ledger::{Cause, Totals, likely_causes};
 use crate::store::figures::{Period, Reconciled};

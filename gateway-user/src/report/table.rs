@@ -4,7 +4,7 @@ use super::Report;
 use super::amount;
 use super::column::{Column, key_names};
 use super::line::{Line, Whose};
-use super::time;
+use crate::command::time;
 
 /// What stands for an empty name.
 const NO_NAME: &str = "(none)";

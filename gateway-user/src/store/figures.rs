@@ -11,12 +11,14 @@
 //! What it cost comes from the ledger ([`LedgerFigures`]), whose rows are by window and not by request: cost counts in the period in which the
 //! window **begins**, so that the costs of adjoining periods sum to those of both.
 
+mod charges;
 mod error;
 mod ledger;
 mod reader;
 mod reconciliation;
 mod work;
 
+pub use charges::{Charges, Whose};
 pub use error::ReadError;
 pub use ledger::{
     ChargeRow, ClosedMonth, Cost, CostGroup, CostLine, Engine, LINES, LedgerFigures, RulesUse, UnevenWindow,

@@ -19,5 +19,7 @@ mod windows;
 
 pub use exception::WaitCause;
 pub use spool::waiting::{Backlog, Waiting};
-pub use spool::{Batch, BatchId, DropCause, Spool, SpoolStats, Store, StoreError, Ticket};
+pub use spool::{
+    Batch, BatchId, Counted, DropCause, LeftCharge, Spool, SpoolStats, Store, StoreError, Ticket,
+};
 pub use table::Table;

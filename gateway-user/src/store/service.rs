@@ -6,7 +6,7 @@
 use super::embedded::{EmbeddedOptions, EmbeddedServer};
 use super::queue::{RowQueue, RowSender};
 use super::sender::{self, Sender, SenderStats};
-use super::{Spool, Store, StoreError, Table};
+use super::{Counted, LeftCharge, Spool, Store, StoreError, Table};
 use crate::books::Outlets;
 use crate::config::{Config, StoreConfig, StoreUrl};
 use crate::event::{EventSink, TimingSink};
@@ -80,6 +80,12 @@ impl StoreService {
             samples: vec![Arc::clone(&self.samples) as Arc<dyn SampleSink>],
             timings: Some(Arc::clone(&self.timings) as Arc<dyn TimingSink>),
         }
+    }
+
+    /// Tells what is charged in events that earlier runs left, and which batches are counted by that, or by this process. To be asked before it
+    /// starts to send, and before the first request comes.
+    pub fn leftover(&self, each: impl FnMut(LeftCharge<'_>)) -> Counted {
+        self.store.spool_of(Table::Events).leftover(each)
     }
 
     /// What there is to count.

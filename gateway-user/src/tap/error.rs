@@ -20,7 +20,7 @@ pub enum TapError {
     /// Capabilities are missing.
     #[error(
         "the kernel probe needs {missing}, which this process does not have; run it as root, give the program the capabilities \
-         (setcap cap_bpf,cap_net_admin+ep) or the container (--cap-add BPF --cap-add NET_ADMIN), or set `capture: proxy`"
+         (setcap cap_bpf,cap_net_admin,cap_perfmon+ep) or the container (--cap-add BPF --cap-add NET_ADMIN --cap-add PERFMON), or set `capture: proxy`"
     )]
     Capabilities {
         /// Their names.

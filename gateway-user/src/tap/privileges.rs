@@ -5,11 +5,16 @@ use super::error::TapError;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs};
 use std::io;
 
-/// What loading and attaching take.
-const NEEDED: [(CapabilitySet, &str); 2] = [
+/// What loading and attaching take. Without CAP_PERFMON the verifier also goes through what a processor may do out of order, which is more than it
+/// has patience for, and lets no address lie where anything else is written later: it refuses the probe.
+const NEEDED: [(CapabilitySet, &str); 3] = [
     (CapabilitySet::BPF, "CAP_BPF"),
     (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN"),
+    (CapabilitySet::PERFMON, "CAP_PERFMON"),
 ];
+
+/// What attaching what is loaded takes.
+const FOR_ATTACHING: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::NET_ADMIN);
 
 /// Whether this thread may load and attach the probe.
 ///
@@ -17,7 +22,7 @@ const NEEDED: [(CapabilitySet, &str); 2] = [
 /// [`TapError::Capabilities`] with the names of what is missing.
 pub fn check() -> Result<(), TapError> {
     let effective = capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
-    // It stands for either, since both were split off from it.
+    // It stands for each, since all were split off from it.
     if effective.contains(CapabilitySet::SYS_ADMIN) {
         return Ok(());
     }
@@ -63,10 +68,7 @@ pub fn check_threads() -> Result<(), TapError> {
 /// Keeps what attaching takes and gives up the rest; for the process that does nothing else.
 pub(super) fn keep_for_attaching() -> io::Result<()> {
     let held = capabilities(None)?.permitted;
-    let wanted = NEEDED
-        .iter()
-        .fold(CapabilitySet::empty(), |set, &(capability, _)| set | capability);
-    keep_only(held & wanted)
+    keep_only(held & FOR_ATTACHING)
 }
 
 fn keep_only(kept: CapabilitySet) -> io::Result<()> {

@@ -62,7 +62,7 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Loads it. Takes CAP_BPF and CAP_NET_ADMIN.
+    /// Loads it. Takes CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON.
     ///
     /// # Errors
     /// [`TapError`], which says what is missing.

@@ -4,7 +4,8 @@
 //! was restarted (or the page came from another process behind the same address), and then nothing is known about the whole model's
 //! interval. The same holds when an engine came or went: what it did unseen is in no difference.
 
-use super::families::{self, Buckets, ByReason, Counter, Engine, Latency, Model};
+use super::names::{Counter, Latency};
+use super::page::{self, Buckets, ByReason, Engine, Model};
 
 /// What a model's engines did together between two scrapes.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -150,7 +151,7 @@ fn success_growth<'e>(pairs: impl Iterator<Item = (&'e Engine, &'e Engine)>) -> 
                 .and_then(|before| before.get(reason))
                 .copied()
                 .unwrap_or(0);
-            families::add_reason(&mut grown, reason, now.saturating_sub(before));
+            page::add_reason(&mut grown, reason, now.saturating_sub(before));
         }
     }
     any.then_some(grown)
@@ -216,7 +217,7 @@ impl Buckets {
 
 #[cfg(test)]
 mod tests {
-    use super::super::families::Page;
+    use super::super::page::Page;
     use super::*;
     use proptest::prelude::*;
 

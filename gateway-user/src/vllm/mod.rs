@@ -1,6 +1,6 @@
 //! What every vLLM server says of itself at `/metrics`, read every `vllm.scrape_interval`.
 //!
-//! * [`exposition`] reads Prometheus' text format, [`families`] knows which of vLLM's families means what.
+//! * [`exposition`] reads Prometheus' text format, [`names`] knows which of vLLM's families means what, [`page`] what all of a page says.
 //! * [`delta`] compares two pages: differences of counters, percentiles out of differences of histograms.
 //! * [`origin`] tells several processes behind one address from one that was restarted.
 //! * [`fetch`] asks a server one thing on a connection of its own.
@@ -17,9 +17,10 @@
 
 pub mod delta;
 pub mod exposition;
-pub mod families;
 pub mod fetch;
+pub mod names;
 pub mod origin;
+pub mod page;
 mod sample;
 pub mod scrape;
 

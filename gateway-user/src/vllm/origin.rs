@@ -4,7 +4,7 @@
 //! not come back.
 
 use super::delta::Growth;
-use super::families::Page;
+use super::page::Page;
 use std::collections::VecDeque;
 
 /// Pages that are looked back on: two processes that are drawn from at random are told after a few.

@@ -1,7 +1,8 @@
 //! One row of `vllm_system_metrics`.
 
 use super::delta::Growth;
-use super::families::{ByReason, Counter, Gauge, Latency, Model};
+use super::names::{Counter, Gauge, Latency};
+use super::page::{ByReason, Model};
 use crate::ledger::Condition;
 use serde::{Serialize, Serializer};
 use std::time::Duration;

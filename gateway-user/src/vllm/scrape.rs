@@ -1,9 +1,9 @@
 //! The task that reads one upstream's `/metrics` over and over, and the page it remembers.
 
 use super::delta::Growth;
-use super::families::{Model, Page, PageError, Unsupported};
 use super::fetch::{self, FetchError};
 use super::origin::{Origins, follows};
+use super::page::{Model, Page, PageError, Unsupported};
 use super::{SampleSink, SystemSample};
 use crate::config::{UpstreamConfig, UpstreamUrl};
 use crate::ledger::Condition;

@@ -26,8 +26,8 @@ use std::sync::Arc;
 use anyhow::{Context as _, anyhow};
 use clap::Parser as _;
 use tokio::net::{TcpListener, TcpSocket};
-use tokio::signal::unix::{SignalKind, signal};
 use vllm_gateway::sim::tokens;
+use vllm_gateway::stop;
 
 use crate::engine::{Engine, Limits, RequestLog, Scheduler, StepCost};
 use crate::options::Options;
@@ -54,7 +54,7 @@ fn main() -> anyhow::Result<()> {
 }
 
 async fn run(options: Options) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let stopped = stop::signalled().context("cannot listen for SIGTERM and SIGINT")?;
     let socket = bind(&options)?;
     let address = socket
         .local_addr()
@@ -76,10 +76,7 @@ async fn run(options: Options) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout();
     writeln!(stdout, "listening on http://{address}")?;
     stdout.flush()?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        interrupted = tokio::signal::ctrl_c() => interrupted.context("cannot listen for SIGINT")?,
-    }
+    stopped.await;
     server.abort();
     Ok(())
 }

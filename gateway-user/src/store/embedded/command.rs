@@ -6,6 +6,7 @@ use super::library::{LibraryError, find_library};
 use super::lock::{DirectoryLock, LockError};
 use super::official;
 use super::server::{Credentials, HttpFace};
+use crate::stop;
 use anyhow::Context;
 use clap::Args;
 use std::ffi::OsString;
@@ -15,7 +16,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 /// Threads that move bytes between sockets, files and queries. Queries have threads of their own.
@@ -196,8 +196,8 @@ async fn answers(address: SocketAddr) -> bool {
 
 /// Becomes true at a signal or, if asked, at the end of standard input.
 fn stop_signal(runtime: &Runtime, with_stdin: bool) -> io::Result<watch::Receiver<bool>> {
-    let (stop, stopped) = watch::channel(false);
-    let from_stdin = stop.clone();
+    let (end, ended) = watch::channel(false);
+    let from_stdin = end.clone();
     if with_stdin {
         // A thread of its own: a read from a terminal or pipe blocks, and must not hold up the runtime's end.
         std::thread::Builder::new().name("parent".into()).spawn(move || {
@@ -206,13 +206,10 @@ fn stop_signal(runtime: &Runtime, with_stdin: bool) -> io::Result<watch::Receive
         })?;
     }
     let _entered = runtime.enter();
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let signalled = stop::signalled()?;
     runtime.spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        let _ = stop.send(true);
+        signalled.await;
+        let _ = end.send(true);
     });
-    Ok(stopped)
+    Ok(ended)
 }

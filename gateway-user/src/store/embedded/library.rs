@@ -10,6 +10,9 @@ pub const CHDB_VERSION: &str = include_str!("libchdb.version").trim_ascii();
 /// Names the library when no option does.
 const VARIABLE: &str = "CHDB_LIBRARY";
 
+/// A program that is linked statically, as the one for musl is, has no loader for libraries; and libchdb is made for glibc.
+const LOADS_LIBRARIES: bool = !cfg!(target_feature = "crt-static");
+
 /// No library.
 #[derive(Debug, thiserror::Error)]
 pub enum LibraryError {
@@ -21,6 +24,12 @@ pub enum LibraryError {
         /// What it says.
         path: PathBuf,
     },
+    /// This program cannot load any.
+    #[error(
+        "this build is linked statically and cannot load ClickHouse's engine (libchdb), which `store.url: embedded` runs on: set store.url \
+         (CLICKHOUSE_URL) to a ClickHouse server or to none, put a `clickhouse` program on the PATH, or take the build for glibc"
+    )]
+    Static,
     /// None was named, and none is where it would be.
     #[error(
         "ClickHouse's engine (libchdb {CHDB_VERSION}) is not on this machine; looked for {}. `cargo xtask get-clickhouse` fetches it \
@@ -42,6 +51,9 @@ pub fn find_library(
     named: Option<&Path>,
     variable: &dyn Fn(&str) -> Option<OsString>,
 ) -> Result<PathBuf, LibraryError> {
+    if !LOADS_LIBRARIES {
+        return Err(LibraryError::Static);
+    }
     let set = |name| variable(name).filter(|value| !value.is_empty());
     let from_variable = set(VARIABLE).map(PathBuf::from);
     let choices = [

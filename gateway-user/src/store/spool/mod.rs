@@ -43,6 +43,7 @@
 pub(crate) mod directory;
 mod journal;
 mod keeper;
+mod leftover;
 mod names;
 mod recover;
 mod rows;
@@ -55,6 +56,7 @@ mod supply;
 mod testing;
 pub mod waiting;
 
+pub use leftover::{Counted, LeftCharge};
 pub use names::BatchId;
 pub use rows::{Spool, Ticket};
 pub use sealed::Batch;

@@ -189,6 +189,11 @@ impl Supply {
         self.blocked().is_none() || !lock(&self.spares).is_empty()
     }
 
+    /// What the names of all batches begin with that are made here.
+    pub fn boot_prefix(&self) -> String {
+        format!("{}/{:012x}/", self.gateway, self.boot)
+    }
+
     /// Bytes of this spool that count against the limit.
     pub fn used_bytes(&self) -> u64 {
         self.tenant.used_bytes.load(Ordering::Acquire)

@@ -4,7 +4,7 @@ use super::*;
 use crate::config::Config;
 use crate::metrics::{Limits as Labels, Metrics};
 use crate::reconcile::Bounds;
-use crate::vllm::families::ByReason;
+use crate::vllm::page::ByReason;
 use crate::vllm::{Means, Percentiles};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;

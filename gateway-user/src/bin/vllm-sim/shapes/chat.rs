@@ -231,22 +231,20 @@ impl Events for Stream {
 
     fn closing(&mut self, summary: Summary, out: &mut VecDeque<Bytes>) {
         if self.job.usage != UsageMode::Off {
-            let completion = self.completion.iter().sum();
             let tokens = Usage {
                 prompt: self.job.prompt_tokens(),
-                completion,
+                completion: self.completion.iter().sum(),
             };
-            let fingerprint = self.stamp.fingerprint.as_deref();
-            out.push_back(Bytes::from(format!(
-                r#"{}],"usage":{}{}{}}}{}"#,
-                self.head,
-                usage::last(tokens, &self.stamp, summary, Details::WithCreated),
-                fingerprint
-                    .map(|text| format!(r#","system_fingerprint":{}"#, Js(text)))
-                    .unwrap_or_default(),
-                usage::last_metrics(&self.stamp, completion, self.completion.len(), summary),
-                "\n\n"
-            )));
+            let choices = self.completion.len();
+            let chunk = usage::last_chunk(
+                &self.head,
+                tokens,
+                choices,
+                &self.stamp,
+                summary,
+                Details::WithCreated,
+            );
+            out.push_back(Bytes::from(chunk));
         }
         out.push_back(DONE);
     }

@@ -3,7 +3,7 @@
 use std::fmt::{self, Display, Formatter};
 
 use super::Stamp;
-use super::json::OrNull;
+use super::json::{Js, OrNull};
 use crate::engine::Summary;
 
 /// Tokens of a request or of a chunk.
@@ -52,7 +52,7 @@ pub fn whole(usage: Usage, stamp: &Stamp, summary: Summary, details: Details) ->
 }
 
 /// `usage` of a stream's last chunk: members that are null are left out.
-pub fn last(usage: Usage, stamp: &Stamp, summary: Summary, details: Details) -> String {
+fn last(usage: Usage, stamp: &Stamp, summary: Summary, details: Details) -> String {
     let cached = summary.cached_tokens;
     let prompt_details = match (stamp.prompt_details, details) {
         (false, _) => String::new(),
@@ -95,10 +95,28 @@ pub fn whole_metrics(stamp: &Stamp, completion: u32, choices: usize, summary: Su
     )
 }
 
-/// The member `metrics` of a stream's last chunk, comma included.
-pub fn last_metrics(stamp: &Stamp, completion: u32, choices: usize, summary: Summary) -> String {
-    if !stamp.request_metrics || choices != 1 {
-        return String::new();
-    }
-    format!(r#","metrics":{}}}"#, metrics(completion, summary))
+/// A stream's last chunk, which no choice has a part in: `head` is its beginning, up to and with the bracket that opens `choices`; `choices` is how
+/// many there were.
+pub fn last_chunk(
+    head: &str,
+    usage: Usage,
+    choices: usize,
+    stamp: &Stamp,
+    summary: Summary,
+    details: Details,
+) -> String {
+    let fingerprint = stamp.fingerprint.as_deref();
+    let metrics = if stamp.request_metrics && choices == 1 {
+        format!(r#","metrics":{}}}"#, metrics(usage.completion, summary))
+    } else {
+        String::new()
+    };
+    format!(
+        r#"{head}],"usage":{}{}{metrics}}}{}"#,
+        last(usage, stamp, summary, details),
+        fingerprint
+            .map(|text| format!(r#","system_fingerprint":{}"#, Js(text)))
+            .unwrap_or_default(),
+        "\n\n"
+    )
 }

@@ -1,8 +1,12 @@
 //! Which time a report is about.
 
-use super::time;
-use crate::store::figures::Period;
 use std::time::Duration;
+
+use clap::Args;
+
+use super::time;
+use crate::config::units::parse_duration;
+use crate::store::figures::Period;
 
 /// What is reported when nothing is said.
 const SINCE_DEFAULT: Duration = Duration::from_hours(24);
@@ -22,6 +26,30 @@ impl Moment {
              2026-11-24T09:00:00+01:00 (RFC 3339), from 1970 to 2199"
                 .to_owned()
         })
+    }
+}
+
+/// The options that say it.
+#[derive(Debug, Args)]
+pub struct PeriodArgs {
+    /// The time up to now, such as 15m or 24h [default: 24h].
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, conflicts_with = "from")]
+    since: Option<Duration>,
+    /// First moment: a date, which begins at 00:00 UTC, or a time in RFC 3339 (2026-11-24T08:00:00Z).
+    #[arg(long, value_name = "TIME", value_parser = Moment::parse)]
+    from: Option<Moment>,
+    /// First moment that is not in it any more [default: now].
+    #[arg(long, value_name = "TIME", value_parser = Moment::parse, requires = "from")]
+    to: Option<Moment>,
+}
+
+impl PeriodArgs {
+    /// The period that they mean at `now_us`.
+    ///
+    /// # Errors
+    /// When there is nothing in it.
+    pub fn of(&self, now_us: i64) -> Result<Period, PeriodError> {
+        of(self.since, self.from, self.to, now_us)
     }
 }
 
