@@ -517,7 +517,7 @@ fn what_is_limited_shows(site: &Site, live: &Value) {
     assert!(!limited("team-.*"), "one team's limit is not another's");
     let page = site.metrics_page();
     assert!(
-        page.contains("\ngateway_budget_usd{period=\"day\",team=\"team-1\"} 5\n"),
+        page.contains("\ngateway_budget_usd{period=\"day\",team=\"team-1\"} 1\n"),
         "{page}"
     );
 }

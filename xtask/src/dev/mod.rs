@@ -150,6 +150,7 @@ fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result
         state,
         ports,
         tap: options.tap,
+        rate_per_s: options.rate,
     };
     let interrupt = Interrupt::catch()?;
     let mut children = Children::new(state.clone(), interrupt);

@@ -23,18 +23,11 @@ const GRACE_AFTER_DRAIN: Duration = Duration::from_secs(5);
 /// The longest run that `vllm-load` takes, a year, stands for no end.
 const LOAD_DURATION: &str = "8760h";
 
-/// What stands in the shipped configuration of limits, and what is put in its place. Each team gets several times what fifteen requests a second in all
-/// take of it, and a budget that they spend a part of in a day. One team that sends nothing by itself is for trying what being refused is like.
-const LIMITS: [(&str, &str); 2] = [
-    (
-        "\n  default: {}\n",
-        "\n  default: {requests_per_minute: 3000, tokens_per_minute: 1000000, concurrent_requests: 200, budget: {usd: 5, period: day, at_limit: observe}}\n",
-    ),
-    (
-        "\n  teams: []\n",
-        "\n  teams:\n    - {team: tight, requests_per_minute: 3}\n",
-    ),
-];
+/// What each team may take in a minute, of the requests that all of them send: the busiest sends three tenths.
+const SHARE_OF_REQUESTS: f64 = 0.5;
+
+/// Prompt and completion tokens that a request of the load may use. It uses some 150.
+const TOKENS_A_REQUEST: f64 = 300.0;
 
 /// What all services need to know.
 #[derive(Debug)]
@@ -49,6 +42,8 @@ pub struct Plan<'p> {
     pub ports: Ports,
     /// Whether the kernel is to be watched; else that is up to the gateway.
     pub tap: bool,
+    /// Requests a second of all teams.
+    pub rate_per_s: f64,
 }
 
 impl Plan<'_> {
@@ -106,7 +101,8 @@ impl Plan<'_> {
         let text =
             fs::read_to_string(&shipped).with_context(|| format!("cannot read {}", shipped.display()))?;
         let to = self.gateway_config();
-        fs::write(&to, with_limits(&text)?).with_context(|| format!("cannot write {}", to.display()))
+        fs::write(&to, with_limits(&text, self.rate_per_s)?)
+            .with_context(|| format!("cannot write {}", to.display()))
     }
 
     /// The environment puts it on this system's ports and its spool into the state directory, whatever the file says.
@@ -257,16 +253,29 @@ fn page(port: u16, path: &'static str) -> Ready {
     }
 }
 
-/// The shipped configuration, which limits nobody, with limits that show something and that usual traffic keeps to.
-fn with_limits(config: &str) -> Result<String> {
+/// The shipped configuration, which limits nobody, with limits that show something and that the load keeps to; with a budget that the busiest team spends
+/// within some hours and that only observes; and with a team that sends nothing by itself, for trying what being refused is like.
+fn with_limits(config: &str, rate_per_s: f64) -> Result<String> {
+    let requests = (rate_per_s * 60.0 * SHARE_OF_REQUESTS).ceil();
+    let tokens = (requests * TOKENS_A_REQUEST).ceil();
+    let each = format!(
+        "{{requests_per_minute: {requests}, tokens_per_minute: {tokens}, concurrent_requests: 200, budget: {{usd: 1, period: day, at_limit: observe}}}}"
+    );
+    let places = [
+        ("\n  default: {}\n", format!("\n  default: {each}\n")),
+        (
+            "\n  teams: []\n",
+            "\n  teams:\n    - {team: tight, requests_per_minute: 3}\n".to_owned(),
+        ),
+    ];
     let mut config = config.to_owned();
-    for (shipped, here) in LIMITS {
+    for (shipped, here) in places {
         ensure!(
             config.matches(shipped).count() == 1,
             "expected `{}` once in config.yaml, in `limits`",
             shipped.trim()
         );
-        config = config.replace(shipped, here);
+        config = config.replace(shipped, &here);
     }
     Ok(config)
 }
@@ -296,12 +305,13 @@ mod tests {
     #[test]
     fn the_shipped_configuration_limits_nobody_and_takes_the_limits_of_this_system() {
         let shipped = include_str!("../../../config.yaml");
-        let text = with_limits(shipped).expect("it has the places");
+        let text = with_limits(shipped, 15.0).expect("it has the places");
         let limits: serde_yaml::Value = serde_yaml::from_str(&text).expect("YAML");
         let limits = &limits["limits"];
-        assert_eq!(limits["default"]["budget"]["usd"], 5);
+        assert_eq!(limits["default"]["requests_per_minute"], 450);
+        assert_eq!(limits["default"]["tokens_per_minute"], 135_000);
         assert_eq!(limits["teams"][0]["team"], "tight");
-        let refused = with_limits("limits:\n  default: {}\n").expect_err("no teams");
+        let refused = with_limits("limits:\n  default: {}\n", 15.0).expect_err("no teams");
         assert!(refused.to_string().contains("`teams: []`"), "{refused}");
     }
 
@@ -314,6 +324,7 @@ mod tests {
             state: &state,
             ports: Ports::from_base(8000),
             tap: false,
+            rate_per_s: 15.0,
         };
         let ended = "# TYPE gateway_requests_total counter\ngateway_requests_total{team=\"a b\"} 1\ngateway_store_rows_total{table=\"request_events\"} 0\n";
         let stored = ended.replace("\"} 0", "\"} 3");
