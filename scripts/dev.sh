@@ -7,11 +7,14 @@ usage() {
 usage: scripts/dev.sh COMMAND [OPTION…]
 
   mock     build and run everything, with simulators in place of GPUs, until Ctrl-C
-  stop     stop what runs in another terminal or in the background
+  metal    on a Mac with Apple Silicon: the same with vLLM on its GPU, which is installed once
+  stop     metal    on a Mac with Apple Silicon: the same with vLLM on its GPU, which is installed once
+  stop what runs in another terminal or in the background
   status   say what runs where
   logs     show the end of the logs
 
-Options are those of `cargo xtask dev`; see `cargo xtask dev --help`.
+Options are those of `cargo xtask dev`; see `cargo xtask dev --help`. `metal` heeds METAL_VLLM (a vllm that is
+installed), METAL_PYTHON, METAL_CHAT_MODEL and METAL_EMBEDDINGS_MODEL (`none` to go without).
 TEXT
     exit 2
 }
@@ -22,6 +25,7 @@ shift
 cd "$(dirname "$0")/.."
 case $command in
 mock) exec cargo xtask dev "$@" ;;
+metal) exec cargo xtask dev --metal "$@" ;;
 stop | status | logs) exec cargo xtask dev "$command" "$@" ;;
 *) usage ;;
 esac

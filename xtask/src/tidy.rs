@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 const GENERATED: [&str; 4] = ["target", ".git", "spool", "node_modules"];
 
 /// Documents that must exist, and whose paths are checked.
-const DOCUMENTS: [&str; 4] = [
+const DOCUMENTS: [&str; 5] = [
     "README.md",
+    "packaging/README.md",
     "docs/ARCHITECTURE.md",
     "docs/API.md",
     "docs/RUNBOOK.md",

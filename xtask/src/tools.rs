@@ -24,7 +24,7 @@ pub struct Tool {
 }
 
 /// What the tests call.
-pub const FOR_TESTS: [Tool; 6] = [
+pub const FOR_TESTS: [Tool; 7] = [
     Tool {
         name: "promtool",
         probe: &["promtool", "--version"],
@@ -67,6 +67,13 @@ pub const FOR_TESTS: [Tool; 6] = [
         debian_package: "strace",
         brew_formula: "nothing, it is for Linux",
         needed_by: "the test of the systemd unit's limits",
+    },
+    Tool {
+        name: "shellcheck",
+        probe: &["shellcheck", "--version"],
+        debian_package: "shellcheck",
+        brew_formula: "shellcheck",
+        needed_by: "the check of the shell scripts",
     },
 ];
 
@@ -150,8 +157,8 @@ pub fn ensure_installed(tools: &[Tool]) -> Result<()> {
 }
 
 impl Tool {
-    /// A tool that only building the kernel probe takes.
-    pub const fn for_probe(
+    /// A part of a compiler for targets whose standard library is not installed, or of the linker of the kernel probe.
+    pub const fn of_toolchain(
         name: &'static str,
         probe: &'static [&'static str],
         debian_package: &'static str,
@@ -161,7 +168,7 @@ impl Tool {
             probe,
             debian_package,
             brew_formula: "rustup",
-            needed_by: "building the kernel probe",
+            needed_by: "building the kernel probe, and checking the code for other systems,",
         }
     }
 

@@ -115,6 +115,8 @@ fn resolve(service: &Value, stage: &Stage, compose: &Value, scratch: &Path) -> S
             } else {
                 stage.working_directory.clone()
             },
+            // Those that it adds; all are dropped.
+            capabilities: words(service, "/cap_add"),
         },
         health_check,
         needs: service["depends_on"]

@@ -168,9 +168,25 @@ fn validate_budget(config: &Config, path: &str, budget: &BudgetConfig, findings:
             budget.usd
         );
         findings.refuse(&path, message);
+    } else if config.store.raw_days < kept_days(budget.period) {
+        let message = format!(
+            "a budget by the {} is read from rows that are kept for store.raw_days: expected at least {} there, found {}",
+            budget.period,
+            kept_days(budget.period),
+            config.store.raw_days
+        );
+        findings.refuse(&path, message);
     } else if config.rates.is_empty() {
         let message = "a budget goes by what requests are charged, and `rates` is empty: give a rate, or leave the budget out";
         findings.refuse(&path, message.to_owned());
+    }
+}
+
+/// Days that rows must be kept for the longest period, and one more for what is late.
+fn kept_days(period: BudgetPeriod) -> u32 {
+    match period {
+        BudgetPeriod::Day => 2,
+        BudgetPeriod::Month => 32,
     }
 }
 
@@ -288,6 +304,11 @@ limits:
                 "rates: []\nlimits:\n  default:\n    budget: {usd: 1}",
                 4,
                 "`rates` is empty",
+            ),
+            (
+                "store: {raw_days: 31}\nlimits:\n  default:\n    budget: {usd: 1}",
+                4,
+                "kept for store.raw_days: expected at least 32 there, found 31",
             ),
             (
                 "limits:\n  mode: warn",

@@ -210,7 +210,7 @@ pub struct UsageConfig {
 pub struct MetricsConfig {
     /// Teams with metric series of their own; the others share `__other__`. Default 1000. Events keep every team.
     pub max_teams: u32,
-    /// Length of a window, and time between two writes of it. Default 15 s.
+    /// Time between two cycles of the ledger. Default 15 s, the length of its windows, which is fixed.
     #[serde(serialize_with = "serialize_duration")]
     pub emit_interval: Duration,
 }

@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::config::{Config, Env};
+use crate::event::Context;
 use crate::metrics::Limits;
+use crate::wire::exchange::{Ending, Facts};
 use proptest::prelude::*;
 
 const START: Now = Now {
@@ -293,4 +295,53 @@ proptest! {
             prop_assert_eq!(team.standing(START).concurrent.unwrap().used, 0);
         }
     }
+}
+
+/// An event of a request that used 30 tokens.
+fn event(team: &str, capture: CapturedBy, charge: u64) -> RequestEvent {
+    let context = Context {
+        event_id: "e".into(),
+        started_at_us: START.wall.0 as i64,
+        gateway_id: "gw".into(),
+        team: Some(team.into()),
+        project: None,
+        user: None,
+        upstream: Some("chat".into()),
+        request_id: "r".into(),
+        trace_id: None,
+        status: Some(200),
+        error_type: None,
+        gateway_overhead_us: None,
+        tap: None,
+    };
+    let mut facts = Facts::unread(At(0), At(1_000), Ending::Complete);
+    facts.tokens = Tokens {
+        prompt: Some(10),
+        completion: Some(20),
+        ..Tokens::default()
+    };
+    let mut event = RequestEvent::new(context, facts, capture);
+    event.charge = NanoUsd(charge);
+    event
+}
+
+#[test]
+fn what_goes_past_the_proxy_uses_tokens_and_budget_and_others_tokens_are_taken_elsewhere() {
+    let limiter = limiter(10, "{default: {tokens_per_minute: 100, budget: {usd: 1}}}");
+    let used = |team: &str| {
+        let standing = limiter.team(team)?.standing(Now::read());
+        Some((
+            standing.tokens?.used,
+            limiter.team(team)?.standing(START).budget?.spent.0,
+        ))
+    };
+    limiter.record(&event("direct", CapturedBy::Tap, 7));
+    assert_eq!(used("direct"), Some((30, 7)));
+    limiter.record(&event("proxied", CapturedBy::Proxy, 7));
+    limiter.record(&event("proxied", CapturedBy::ProxyAndTap, 8));
+    assert_eq!(used("proxied"), Some((0, 15)), "their permits take the tokens");
+    // Whom nobody named has no limits, and what was not charged founds none.
+    limiter.record(&event("__direct__", CapturedBy::Tap, 7));
+    limiter.record(&event("free", CapturedBy::Proxy, 0));
+    assert_eq!((used("__direct__"), used("free")), (None, None));
 }

@@ -234,14 +234,14 @@ impl View {
         }));
         // And what of a budget is spent is worth knowing also while the team does nothing here.
         let limits = &self.shared.limiter;
-        for team in limits.teams().iter().filter(|team| may_see(show, team.name())) {
-            if team.budget().is_some() && !rows.iter().any(|row| row.team == team.name()) {
-                rows.push(TeamRow {
-                    team: team.name().to_owned(),
-                    ..TeamRow::default()
-                });
-            }
-        }
+        let idle = limits.teams().into_iter().filter(|team| {
+            let is_listed = teams.contains_key(team.name()) || in_flight.contains_key(team.name());
+            team.budget().is_some() && !is_listed && may_see(show, team.name())
+        });
+        rows.extend(idle.map(|team| TeamRow {
+            team: team.name().to_owned(),
+            ..TeamRow::default()
+        }));
         let now = Now::read();
         for row in &mut rows {
             if let Some(team) = limits.team(&row.team) {

@@ -2,6 +2,7 @@
 //!
 //! Names and buckets of `gen_ai_server_*` are those of OpenTelemetry's conventions for generative AI, in Prometheus form.
 
+use super::catalogue::Catalogue;
 use super::gaps::GapHistograms;
 use super::process::Process;
 use super::reconciliation::ReconciliationFamilies;
@@ -10,7 +11,7 @@ use prometheus::core::Collector;
 use prometheus::{
     CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec,
 };
-use prometheus::{Opts, Registry, Result};
+use prometheus::{Opts, Result};
 
 /// `gen_ai.server.request.duration`.
 const DURATION_BUCKETS: &[f64] = &[
@@ -57,8 +58,6 @@ pub(super) struct Families {
     pub(super) upstream_connections: IntGaugeVec,
     pub(super) upstream_connect_failures: IntCounterVec,
     pub(super) upstream_retries: IntCounterVec,
-    pub(super) queue_depth: IntGaugeVec,
-    pub(super) dropped: IntCounterVec,
     pub(super) scrape: ScrapeFamilies,
     pub(super) reconciliation: ReconciliationFamilies,
     pub(super) build_info: GaugeVec,
@@ -68,33 +67,31 @@ pub(super) struct Families {
 
 impl Families {
     #[rustfmt::skip] // A table: one family a line reads better than five lines each.
-    pub(super) fn registered_in(registry: &Registry) -> Result<Families> {
+    pub(super) fn registered_in(registry: &Catalogue) -> Result<Families> {
         let of = Maker { registry };
         registry.register(Box::new(Process::new()?))?;
         Ok(Families {
-            requests: of.counter("gateway_requests_total", "Requests that have ended.", &["team", "model", "endpoint", "status", "outcome"])?,
-            duration: of.histogram("gen_ai_server_request_duration_seconds", "First byte of the request to the end of its response.", &["team", "model", "endpoint", "outcome"], DURATION_BUCKETS)?,
-            ttft: of.histogram("gen_ai_server_time_to_first_token_seconds", "Start of a streamed request to its first chunk with generated content.", &["team", "model", "endpoint"], TTFT_BUCKETS)?,
+            requests: of.counter("gateway_requests_total", "Requests that have ended, by how (outcome) and by the status code that the client got.", &["team", "model", "endpoint", "status", "outcome"])?,
+            duration: of.histogram("gen_ai_server_request_duration_seconds", "From the first byte of the request to the end of its response.", &["team", "model", "endpoint", "outcome"], DURATION_BUCKETS)?,
+            ttft: of.histogram("gen_ai_server_time_to_first_token_seconds", "From the start of a streamed request to its first chunk with generated content (text, reasoning or a tool call).", &["team", "model", "endpoint"], TTFT_BUCKETS)?,
             per_token: of.histogram("gen_ai_server_time_per_output_token_seconds", "Time per generated token after the first, of completed streams.", &["team", "model", "endpoint"], PER_TOKEN_BUCKETS)?,
             gaps: of.keep(GapHistograms::new()?)?,
-            tokens: of.counter("gateway_tokens_total", "Billed tokens; prompt includes cached.", &["team", "model", "type"])?,
-            engine_tokens: of.counter("gateway_engine_tokens_total", "Tokens as the engine's own counters have them.", &["team", "model", "type"])?,
+            tokens: of.counter("gateway_tokens_total", "Billed tokens, by type: prompt (the cached ones included), cached, completion (the reasoning ones included).", &["team", "model", "type"])?,
+            engine_tokens: of.counter("gateway_engine_tokens_total", "Tokens as the engine's own counters have them, by type: prompt, completion. A prompt is counted once for each choice of n.", &["team", "model", "type"])?,
             charge: of.keep(CounterVec::new(Opts::new("gateway_charge_usd_total", "What requests are charged by the rate card, in US dollars. Bills are made of stored rows, to the nano-USD."), &["team", "model"])?)?,
-            request_body: of.counter("gateway_request_body_bytes_total", "Payload of requests.", &["team"])?,
-            response_body: of.counter("gateway_response_body_bytes_total", "Payload of responses.", &["team"])?,
+            request_body: of.counter("gateway_request_body_bytes_total", "Bytes of the bodies of requests.", &["team"])?,
+            response_body: of.counter("gateway_response_body_bytes_total", "Bytes of the bodies of responses.", &["team"])?,
             inflight: of.gauge("gateway_inflight_requests", "Requests that have begun and not ended.", &["team"])?,
             overhead: of.keep(Histogram::with_opts(HistogramOpts::new("gateway_request_overhead_seconds", "Time that the gateway itself added before the first byte went upstream.").buckets(OVERHEAD_BUCKETS.to_vec()))?)?,
             usage_source: of.counter("gateway_usage_source_total", "Billable requests that reached an engine, by where their token counts come from.", &["source"])?,
-            refused: of.counter("gateway_refused_total", "Requests that the gateway answered by itself.", &["reason"])?,
-            injection: of.counter("gateway_injection_total", "Request bodies, by whether usage was asked for on the client's behalf.", &["result"])?,
+            refused: of.counter("gateway_refused_total", "Requests that the gateway answered by itself, by reason.", &["reason"])?,
+            injection: of.counter("gateway_injection_total", "Request bodies by what became of asking for usage on the client's behalf: edited, or why not.", &["result"])?,
             client_connections: of.keep(IntGauge::new("gateway_client_connections", "Open connections of clients.")?)?,
             upstream_up: of.gauge("gateway_upstream_up", "1 while the upstream is taken to be healthy.", &["upstream"])?,
             upstream_inflight: of.gauge("gateway_upstream_inflight", "Requests that the upstream is working on for this gateway.", &["upstream"])?,
-            upstream_connections: of.gauge("gateway_upstream_connections", "Open connections to the upstream.", &["upstream", "state"])?,
+            upstream_connections: of.gauge("gateway_upstream_connections", "Open connections to the upstream, by state: idle (in the pool) or active (with a request).", &["upstream", "state"])?,
             upstream_connect_failures: of.counter("gateway_upstream_connect_failures_total", "Connections to the upstream that could not be made.", &["upstream"])?,
             upstream_retries: of.counter("gateway_upstream_retries_total", "Requests sent again, by why the first try failed.", &["upstream", "reason"])?,
-            queue_depth: of.gauge("gateway_queue_depth", "Entries that wait in a queue of the gateway.", &["queue"])?,
-            dropped: of.counter("gateway_dropped_total", "Entries that a queue of the gateway lost, by cause.", &["queue", "cause"])?,
             scrape: ScrapeFamilies::registered_by(&of)?,
             reconciliation: ReconciliationFamilies::registered_by(&of)?,
             build_info: of.keep(GaugeVec::new(Opts::new("gateway_build_info", "1; the labels say which build runs."), &["version", "revision"])?)?,
@@ -106,7 +103,7 @@ impl Families {
 
 /// Makes families and registers them.
 pub(super) struct Maker<'r> {
-    registry: &'r Registry,
+    registry: &'r Catalogue,
 }
 
 impl Maker<'_> {

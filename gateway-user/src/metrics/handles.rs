@@ -83,35 +83,3 @@ impl UpstreamMetrics {
             .inc();
     }
 }
-
-/// The metrics of one bounded queue.
-#[derive(Clone)]
-pub struct QueueMetrics {
-    families: Arc<Families>,
-    name: &'static str,
-    depth: IntGauge,
-}
-
-impl QueueMetrics {
-    pub(super) fn of(families: Arc<Families>, name: &'static str) -> QueueMetrics {
-        let depth = families.queue_depth.with_label_values(&[name]);
-        QueueMetrics {
-            families,
-            name,
-            depth,
-        }
-    }
-
-    /// How many entries wait now.
-    pub fn set_depth(&self, entries: usize) {
-        self.depth.set(i64::try_from(entries).unwrap_or(i64::MAX));
-    }
-
-    /// So many entries were lost, for this cause.
-    pub fn dropped(&self, cause: &'static str, entries: u64) {
-        self.families
-            .dropped
-            .with_label_values(&[self.name, cause])
-            .inc_by(entries);
-    }
-}

@@ -26,7 +26,7 @@ impl LedgerFamilies {
     pub(super) fn of(stats: Arc<LedgerStats>) -> Result<LedgerFamilies> {
         Ok(LedgerFamilies {
             stats,
-            windows: IntCounterVec::new(Opts::new("gateway_ledger_windows_total", "Windows whose statement this gateway wrote, by the state that it gave them."), &["state"])?,
+            windows: IntCounterVec::new(Opts::new("gateway_ledger_windows_total", "Windows whose statement this gateway wrote, by the state that it gave them: provisional, settled or restated."), &["state"])?,
             cycle: Gauge::new("gateway_ledger_cycle_seconds", "How long the ledger's last cycle took.")?,
             lag: GaugeVec::new(Opts::new("gateway_ledger_lag_seconds", "Time since the end of the newest window that is booked."), &["upstream"])?,
             failures: IntCounterVec::new(Opts::new("gateway_ledger_failures_total", "Cycles of the ledger that failed and are made again, by cause."), &["cause"])?,

@@ -10,6 +10,7 @@
 //! what it was for), and anything that must survive a restart. The charge of a
 //! request is known when it ends and is counted here, to be watched; a bill is summed from rows.
 
+mod catalogue;
 mod families;
 mod gaps;
 mod handles;
@@ -25,7 +26,9 @@ mod tap;
 #[cfg(test)]
 mod tests;
 
-pub use handles::{InflightGuard, QueueMetrics, UpstreamMetrics};
+pub use catalogue::Family;
+pub use handles::{InflightGuard, UpstreamMetrics};
+pub use labels::LABELS;
 pub(crate) use labels::OTHER as OTHER_TEAMS;
 pub use reconciliation::ReconciliationMetrics;
 pub use scrape::ScrapeMetrics;
@@ -38,10 +41,11 @@ use crate::limits::Limiter;
 use crate::store::service::StoreCounts;
 use crate::tap::agent::Agent;
 use crate::wire::exchange::Outcome;
+use catalogue::Catalogue;
 use families::Families;
 use labels::Admitted;
+use prometheus::TextEncoder;
 use prometheus::core::Collector;
-use prometheus::{Registry, TextEncoder};
 use series::SeriesCache;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
@@ -84,7 +88,7 @@ pub struct Metrics {
 }
 
 struct Inner {
-    registry: Registry,
+    registry: Catalogue,
     families: Arc<Families>,
     teams: Admitted,
     models: Admitted,
@@ -97,7 +101,7 @@ impl Metrics {
     /// # Errors
     /// When two families clash, which is a defect of this program.
     pub fn new(limits: Limits) -> Result<Metrics, MetricsError> {
-        let registry = Registry::new();
+        let registry = Catalogue::default();
         let families = Arc::new(Families::registered_in(&registry)?);
         let revision = option_env!("VLLM_GATEWAY_REVISION").unwrap_or_default();
         families
@@ -195,11 +199,6 @@ impl Metrics {
         ReconciliationMetrics::of(Arc::clone(&self.inner.families), upstream)
     }
 
-    /// The handle of a bounded queue.
-    pub fn queue(&self, name: &'static str) -> QueueMetrics {
-        QueueMetrics::of(Arc::clone(&self.inner.families), name)
-    }
-
     /// Shows a store's numbers too.
     ///
     /// # Errors
@@ -242,6 +241,11 @@ impl Metrics {
             .inner
             .registry
             .register(Box::new(tap::TapFamilies::of(tap)?))?)
+    }
+
+    /// Every family that is shown here, also where it has no sample yet, by name.
+    pub fn families(&self) -> Vec<Family> {
+        self.inner.registry.families()
     }
 
     /// Everything, in Prometheus' text format. With many teams this takes milliseconds: not for an async thread.

@@ -25,18 +25,18 @@ struct Count {
 #[rustfmt::skip] // A table: one family a line reads better than six lines each.
 const COUNTS: [Count; 15] = [
     Count { name: "gateway_tap_packets_total", help: "Packets of the tapped ports that the probe saw, but for pure acknowledgements.", label: &["direction"], read: |counts| both(counts, |totals| totals.packets) },
-    Count { name: "gateway_tap_payload_bytes_total", help: "Their payload.", label: &["direction"], read: |counts| both(counts, |totals| totals.payload_bytes) },
+    Count { name: "gateway_tap_payload_bytes_total", help: "Payload of the packets that the probe saw.", label: &["direction"], read: |counts| both(counts, |totals| totals.payload_bytes) },
     Count { name: "gateway_tap_records_total", help: "Records that the probe put into the ring.", label: &["direction"], read: |counts| both(counts, |totals| totals.submitted) },
     Count { name: "gateway_tap_lost_records_total", help: "Records that the probe lost, by cause.", label: &["cause"], read: |counts| lost(&counts.probe) },
     Count { name: "gateway_tap_malformed_packets_total", help: "TCP packets that the probe could not understand.", label: &[], read: |counts| one(counts.probe.ingress.malformed + counts.probe.egress.malformed) },
     Count { name: "gateway_tap_opened_connections_total", help: "Connections seen, from their beginning or in their middle.", label: &["seen_from"], read: |counts| vec![("beginning", counts.followed.opened), ("middle", counts.followed.joined)] },
     Count { name: "gateway_tap_retired_connections_total", help: "Connections that are no longer followed, by cause.", label: &["cause"], read: |counts| Retired::ALL.map(|cause| (cause.name(), counts.followed.retired(cause))).into() },
     Count { name: "gateway_tap_unreadable_connections_total", help: "Connections that speak TLS or HTTP/2, which a probe cannot read.", label: &[], read: |counts| one(counts.followed.unreadable) },
-    Count { name: "gateway_tap_opaque_bytes_total", help: "Bytes that belong to no exchange.", label: &[], read: |counts| one(counts.followed.opaque_bytes) },
+    Count { name: "gateway_tap_opaque_bytes_total", help: "Bytes of watched connections that belong to no HTTP exchange.", label: &[], read: |counts| one(counts.followed.opaque_bytes) },
     Count { name: "gateway_tap_gaps_total", help: "Gaps in streams that were given up, by why they were waited for no longer.", label: &["cause"], read: |counts| GiveUp::ALL.map(|cause| (cause.name(), counts.followed.streams.gaps(cause))).into() },
-    Count { name: "gateway_tap_gap_bytes_total", help: "Bytes that were missing in them.", label: &[], read: |counts| one(counts.followed.streams.gap_bytes) },
-    Count { name: "gateway_tap_duplicate_bytes_total", help: "Bytes that were seen again.", label: &[], read: |counts| one(counts.followed.streams.duplicate_bytes) },
-    Count { name: "gateway_tap_incomplete_exchanges_total", help: "Exchanges of which not enough was seen.", label: &[], read: |counts| one(counts.followed.incomplete) },
+    Count { name: "gateway_tap_gap_bytes_total", help: "Bytes that were missing in streams where they were given up.", label: &[], read: |counts| one(counts.followed.streams.gap_bytes) },
+    Count { name: "gateway_tap_duplicate_bytes_total", help: "Bytes of a stream that were seen again (retransmits).", label: &[], read: |counts| one(counts.followed.streams.duplicate_bytes) },
+    Count { name: "gateway_tap_incomplete_exchanges_total", help: "Exchanges of which not enough was seen to book them whole.", label: &[], read: |counts| one(counts.followed.incomplete) },
     Count { name: "gateway_tap_exchanges_total", help: "Exchanges that ended, by whose they were: own (joined to the proxy's event), late (own, but not joined), foreign (another gateway's), direct (past every gateway), operational (health checks and scrapes).", label: &["whose"], read: |counts| whose(&counts.correlated) },
     Count { name: "gateway_tap_forged_ids_total", help: "Direct requests that carried a forged or used gateway id.", label: &[], read: |counts| one(read(&counts.correlated.forged)) },
 ];
@@ -95,7 +95,7 @@ impl TapFamilies {
             connections: IntGauge::new("gateway_tap_connections", "Connections that the tap follows.")?,
             held: IntGauge::new(
                 "gateway_tap_held_bytes",
-                "Bytes that came ahead of others and wait for them.",
+                "Bytes that came ahead of others in their stream and wait for them.",
             )?,
             in_place: IntGauge::new(
                 "gateway_tap_in_place",

@@ -317,9 +317,6 @@ fn full() -> Metrics {
         upstream.idle_connection(),
         upstream.active_connection(),
     ));
-    let queue = metrics.queue("spool");
-    queue.set_depth(3);
-    queue.dropped("full", 2);
     metrics.scrape("main").record(&[system_sample()]);
     let (counted, attributed) = (totals(100, 50), totals(90, 50));
     let reconciliation = metrics.reconciliation("main");
@@ -364,16 +361,14 @@ fn system_sample() -> SystemSample {
 }
 
 /// All names that are promised to dashboards; a rename here is a break for whoever uses them.
-const NAMES: [&str; 48] = [
+const NAMES: [&str; 46] = [
     "gateway_build_info",
     "gateway_charge_usd_total",
     "gateway_client_connections",
-    "gateway_dropped_total",
     "gateway_engine_tokens_total",
     "gateway_inflight_requests",
     "gateway_injection_total",
     "gateway_inter_token_latency_seconds",
-    "gateway_queue_depth",
     "gateway_reconciliation_attributed_tokens_total",
     "gateway_reconciliation_engine_tokens_total",
     "gateway_reconciliation_gap_cause",

@@ -6,7 +6,7 @@ mod load;
 pub mod process;
 mod proxy;
 mod report;
-mod scratch;
+pub mod scratch;
 mod store;
 mod tap;
 

@@ -23,9 +23,6 @@ use crate::http;
 /// How often processes and signals are looked at: unnoticeable for a person, and nothing for a processor.
 const TICK: Duration = Duration::from_millis(100);
 
-/// How long a program may take to be ready. They take well below a second; a machine that compiles meanwhile takes longer.
-const READY_WITHIN: Duration = Duration::from_secs(60);
-
 /// Lines of a log that are shown when its process has died: the reason and what led to it.
 const TAIL_LINES: usize = 20;
 
@@ -55,6 +52,8 @@ pub struct Ready {
     pub path: &'static str,
     /// What that page must say.
     pub says: fn(&str) -> bool,
+    /// How long that may take.
+    pub within: Duration,
 }
 
 /// Set by SIGINT and SIGTERM.
@@ -142,24 +141,29 @@ impl Children {
     /// # Errors
     /// When it is not in time, or a process dies. The end of its log is in the message.
     pub fn wait_until_ready(&mut self) -> Result<Waited> {
-        let deadline = Instant::now() + READY_WITHIN;
+        let started = Instant::now();
         loop {
             let Some(last) = self.running.last() else {
                 return Ok(Waited::Done);
             };
-            let Ready { port, path, says } = last.service.ready;
+            let Ready {
+                port,
+                path,
+                says,
+                within,
+            } = last.service.ready;
             let answer = http::get(port, path);
             if answer.as_ref().is_ok_and(|page| says(page)) {
                 return Ok(Waited::Done);
             }
-            if Instant::now() > deadline {
+            if started.elapsed() > within {
                 let why = answer
                     .err()
                     .map_or("it does not say so".to_owned(), |error| format!("{error:#}"));
                 let (name, tail) = (last.service.name, last.tail());
                 bail!(
                     "{name} was not ready within {} s: {why}\n{tail}",
-                    READY_WITHIN.as_secs()
+                    within.as_secs()
                 );
             }
             if self.tick()? == Waited::Interrupted {
@@ -323,6 +327,7 @@ mod tests {
                 port: 1,
                 path: "/",
                 says: |_| true,
+                within: Duration::from_secs(60),
             },
             stop_signal: Signal::TERM,
             grace: Duration::from_secs(20),

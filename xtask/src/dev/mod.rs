@@ -1,4 +1,4 @@
-//! `cargo xtask dev`: the whole system on one machine, with simulators in place of GPUs.
+//! `cargo xtask dev`: the whole system on one machine, with simulators in place of GPUs, or with vLLM on a Mac's own ([`metal`]).
 //!
 //! Builds the programs, starts them in order, each when the one before is ready, shows what each team got, and takes everything
 //! down again at Ctrl-C, after `--for`, or when a process dies. What stays is a directory in Cargo's target directory: `dev`, or
@@ -7,6 +7,7 @@
 
 pub mod children;
 mod duration;
+mod metal;
 mod ports;
 mod prometheus;
 mod report;
@@ -24,6 +25,7 @@ use clap::{Args, Subcommand};
 use rustix::process::{Pid, Signal, kill_process};
 
 use self::children::{Children, Interrupt, Service, Waited};
+use self::metal::Metal;
 use self::ports::{BASES, Ports, USUAL_BASE};
 use self::services::Plan;
 use self::state::{Claim, Entry, StateDir};
@@ -62,6 +64,9 @@ pub struct Options {
     /// Have the gateway watch from the kernel too (as root), and send a quarter of the requests past it, straight to the simulator.
     #[arg(long)]
     tap: bool,
+    /// On a Mac with Apple Silicon: run vLLM on its GPU in place of the simulators (installed once, some gigabytes), and no load.
+    #[arg(long, conflicts_with_all = ["tap", "rate"])]
+    metal: bool,
     /// Run without Prometheus.
     #[arg(long)]
     no_prometheus: bool,
@@ -132,6 +137,13 @@ fn parse_rate(text: &str) -> Result<f64, String> {
 
 fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result<()> {
     let claim = state.claim()?;
+    if options.metal {
+        metal::ensure_machine()?;
+    }
+    let ports = Ports::from_base(options.place.port_base);
+    let with_prometheus = !options.no_prometheus && tools::has_prometheus();
+    ports.ensure_free(with_prometheus)?;
+    let metal = options.metal.then(Metal::set_up).transpose()?;
     let programs = target.join(if options.release { "release" } else { "debug" });
     if !options.no_build {
         build(root, options.release)?;
@@ -140,27 +152,36 @@ fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result
     if let Err(error) = &engine {
         println!("ClickHouse's engine could not be fetched, so rows will wait in the spool: {error:#}");
     }
-    let ports = Ports::from_base(options.place.port_base);
-    let with_prometheus = !options.no_prometheus && tools::has_prometheus();
-    ports.ensure_free(with_prometheus)?;
-
     let plan = Plan {
         root,
         programs: &programs,
         state,
         ports,
-        tap: options.tap,
+        capture: match &metal {
+            // There is no other on macOS.
+            Some(_) => Some("proxy"),
+            None => options.tap.then_some("proxy+tap"),
+        },
         rate_per_s: options.rate,
     };
     let interrupt = Interrupt::catch()?;
     let mut children = Children::new(state.clone(), interrupt);
-    let mut services = vec![plan.sim_llm(), plan.sim_embed(), plan.gateway()?];
+    let mut services = match &metal {
+        Some(metal) => plan.vllm(metal),
+        None => vec![plan.sim_llm(), plan.sim_embed()],
+    };
+    services.push(plan.gateway()?);
     if with_prometheus {
         services.push(plan.prometheus()?);
     }
     // Whoever names a ClickHouse of their own may have it anywhere, up or not.
     let stores = engine.is_ok() && env::var_os("CLICKHOUSE_URL").is_none();
-    if options.tap {
+    if let Some(metal) = &metal {
+        println!(
+            "waiting for vLLM, which downloads its models first; `scripts/dev.sh logs` elsewhere shows what it does"
+        );
+        println!("{}", an_example(ports.gateway(), metal.chat_model()));
+    } else if options.tap {
         services.push(plan.load(options.rate * (1.0 - DIRECT_SHARE), stores));
         services.push(plan.direct_load(options.rate * DIRECT_SHARE));
     } else {
@@ -171,6 +192,14 @@ fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result
     // First of all they must be gone; but why they had to go matters more than how.
     let stopped = children.stop();
     ended.and(stopped)
+}
+
+/// A first request, where nobody else sends any.
+fn an_example(port: u16, model: &str) -> String {
+    let body = serde_json::json!({"model": model, "messages": [{"role": "user", "content": "Hello"}]});
+    format!(
+        "then:    curl http://127.0.0.1:{port}/v1/chat/completions -H 'X-Team-ID: me' -H 'Content-Type: application/json' -d '{body}'"
+    )
 }
 
 fn build(root: &Path, release: bool) -> Result<()> {

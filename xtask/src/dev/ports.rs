@@ -34,12 +34,12 @@ impl Ports {
         self.base
     }
 
-    /// The simulator that generates text; 8000 as a rule.
+    /// vLLM or its simulator, generating text; 8000 as a rule.
     pub fn llm(self) -> u16 {
         self.base
     }
 
-    /// The simulator that embeds; 8001.
+    /// The one that embeds; 8001.
     pub fn embeddings(self) -> u16 {
         self.base + 1
     }
@@ -70,8 +70,8 @@ impl Ports {
     /// Names each port that is taken, and who holds it.
     pub fn ensure_free(self, with_prometheus: bool) -> Result<()> {
         let mut wanted = vec![
-            ("vllm-sim", self.llm()),
-            ("vllm-sim (embeddings)", self.embeddings()),
+            ("chat server", self.llm()),
+            ("embeddings server", self.embeddings()),
             ("gateway", self.gateway()),
             ("ClickHouse", self.clickhouse()),
             ("admin", self.admin()),

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 
 use super::children::{Ready, Service};
+use super::metal::Metal;
 use super::ports::Ports;
 use super::state::StateDir;
 use super::{duration, prometheus};
@@ -16,6 +17,15 @@ use crate::http::{sum_of, sum_of_events};
 
 /// How long anything but the gateway may take to end. None has work that must be finished.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// How long a program may take to be ready. They take well below a second; a machine that compiles meanwhile takes longer.
+const READY_WITHIN: Duration = Duration::from_secs(60);
+
+/// How long vLLM may take: at its first start it downloads the model.
+const VLLM_READY_WITHIN: Duration = Duration::from_secs(30 * 60);
+
+/// How long vLLM may take to end: it stops processes of its own.
+const VLLM_GRACE: Duration = Duration::from_secs(20);
 
 /// What the gateway may take beyond its own limit on draining: to write down what it knows, on a busy machine.
 const GRACE_AFTER_DRAIN: Duration = Duration::from_secs(5);
@@ -40,8 +50,8 @@ pub struct Plan<'p> {
     pub state: &'p StateDir,
     /// Who listens where.
     pub ports: Ports,
-    /// Whether the kernel is to be watched; else that is up to the gateway.
-    pub tap: bool,
+    /// Where requests are to be seen, as `capture` in `config.yaml`; else that is up to the gateway.
+    pub capture: Option<&'static str>,
     /// Requests a second of all teams.
     pub rate_per_s: f64,
 }
@@ -71,6 +81,32 @@ impl Plan<'_> {
             stop_signal: Signal::TERM,
             grace: GRACE,
         }
+    }
+
+    /// vLLM itself: the server that generates text, and the one that embeds, if there is to be one.
+    pub fn vllm(&self, metal: &Metal) -> Vec<Service> {
+        let service = |name, port, mut command: Command| {
+            command.current_dir(self.root);
+            Service {
+                name,
+                command,
+                url: url(port),
+                ready: Ready {
+                    within: VLLM_READY_WITHIN,
+                    ..page(port, "/health")
+                },
+                stop_signal: Signal::TERM,
+                grace: VLLM_GRACE,
+            }
+        };
+        let (chat, embeddings) = (self.ports.llm(), self.ports.embeddings());
+        let mut services = vec![service("vllm", chat, metal.chat(chat))];
+        services.extend(
+            metal
+                .embeddings(embeddings)
+                .map(|command| service("vllm-embed", embeddings, command)),
+        );
+        services
     }
 
     /// The gateway, with the repository's configuration and limits for its teams.
@@ -122,8 +158,8 @@ impl Plan<'_> {
                 format!("127.0.0.1:{}", self.ports.clickhouse()),
             )
             .env("CLICKHOUSE_DATA_DIR", self.state.join("clickhouse"));
-        if self.tap {
-            command.env("GATEWAY_CAPTURE", "proxy+tap");
+        if let Some(capture) = self.capture {
+            command.env("GATEWAY_CAPTURE", capture);
         }
         command
     }
@@ -226,6 +262,7 @@ impl Plan<'_> {
                 port: self.ports.admin(),
                 path: "/metrics",
                 says,
+                within: READY_WITHIN,
             },
             // At which it sums up what it saw, in its log.
             stop_signal: Signal::INT,
@@ -250,6 +287,7 @@ fn page(port: u16, path: &'static str) -> Ready {
         port,
         path,
         says: |_| true,
+        within: READY_WITHIN,
     }
 }
 
@@ -323,7 +361,7 @@ mod tests {
             programs: Path::new("."),
             state: &state,
             ports: Ports::from_base(8000),
-            tap: false,
+            capture: None,
             rate_per_s: 15.0,
         };
         let ended = "# TYPE gateway_requests_total counter\ngateway_requests_total{team=\"a b\"} 1\ngateway_store_rows_total{table=\"request_events\"} 0\n";

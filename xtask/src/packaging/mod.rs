@@ -25,7 +25,7 @@ use crate::stage::run;
 use checkers::Checkers;
 
 /// Options of `cargo xtask check-packaging`.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct Options {
     /// Where to leave what Compose and Helm made of the files. Default: `check-packaging` in Cargo's target directory.
     #[arg(long, value_name = "DIRECTORY")]

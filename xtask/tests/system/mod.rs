@@ -2,8 +2,8 @@
 #![allow(dead_code, reason = "no test uses all of it")]
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read};
-use std::net::TcpListener;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::thread;
@@ -42,6 +42,18 @@ pub fn dev(base: u16, words: &[&str]) -> Command {
     command
 }
 
+/// What a page on this machine says, its head included.
+pub fn get(port: u16, path: &str, fields: &str) -> String {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("it listens");
+    stream.set_read_timeout(Some(DEADLINE)).expect("a socket");
+    let request =
+        format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n{fields}\r\n");
+    stream.write_all(request.as_bytes()).expect("it is sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("text until it closes");
+    answer
+}
+
 pub fn target_directory() -> &'static Path {
     let target = Path::new(XTASK).parent().and_then(Path::parent);
     target.expect("xtask stands in a directory of it")
@@ -72,7 +84,11 @@ pub struct System {
 impl System {
     /// Starts one with these words, and waits for its table of processes.
     pub fn start(base: u16, words: &[&str]) -> Self {
-        let mut command = up(base, &[&["--for", "10m"], words].concat());
+        System::start_command(up(base, &[&["--for", "10m"], words].concat()), "\nload ")
+    }
+
+    /// Starts one with this command, and waits for the row of `last` in its table of processes.
+    pub fn start_command(mut command: Command, last: &str) -> Self {
         let mut xtask = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -81,9 +97,13 @@ impl System {
             .expect("xtask starts");
         let mut stdout = BufReader::new(xtask.stdout.take().expect("a pipe"));
         let mut text = String::new();
-        while !text.contains("\nload ") {
+        while !text.contains(last) {
             let read = stdout.read_line(&mut text).expect("text");
-            assert!(read > 0, "it ended before it was up: {text}");
+            if read == 0 {
+                let mut stderr = xtask.stderr.take().expect("a pipe");
+                stderr.read_to_string(&mut text).expect("text");
+                panic!("it ended before it was up: {text}");
+            }
         }
         let pids = pids_in(&text);
         Self { xtask, stdout, pids }

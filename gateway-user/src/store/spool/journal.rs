@@ -204,11 +204,11 @@ impl Journal {
         let files: Vec<_> = lock(&self.table)
             .files
             .iter()
-            .map(|segment| segment.file().clone())
+            .map(|segment| (segment.mapping().clone(), segment.file().clone()))
             .collect();
         files
             .iter()
-            .try_for_each(|file| file.sync_data())
+            .try_for_each(|(mapping, file)| mapping.write_back().and_then(|()| file.sync_data()))
             .inspect_err(|_| self.dirty.store(true, Ordering::Release))
     }
 

@@ -158,6 +158,9 @@ impl Spool {
     /// delete the rows: at each moment one of the two knows of a request.
     fn seal(&self, full: &mut Active) -> io::Result<Batch> {
         let durably = self.config.fsync != Fsync::Off;
+        if durably {
+            full.segment.mapping().write_back()?;
+        }
         full.segment.file().set_len(full.at as u64)?;
         if durably {
             full.segment.file().sync_all()?;
@@ -198,19 +201,20 @@ impl Spool {
             let active = state.active.as_mut().filter(|_| is_due);
             let active = active.map(|active| {
                 (
+                    Arc::clone(active.segment.mapping()),
                     Arc::clone(active.segment.file()),
                     std::mem::take(&mut active.ended),
                 )
             });
             (state.rows, active)
         };
-        let Some((file, ended)) = active else {
+        let Some((mapping, file, ended)) = active else {
             if let Err(error) = self.journal.flush() {
                 self.failed("flush the journal", &error);
             }
             return;
         };
-        let flushed = file.sync_data();
+        let flushed = mapping.write_back().and_then(|()| file.sync_data());
         if let Err(error) = &flushed {
             self.failed("flush rows", error);
         }

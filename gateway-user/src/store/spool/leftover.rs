@@ -104,14 +104,17 @@ fn read_charges(text: &[u8], each: &mut impl FnMut(LeftCharge<'_>)) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::names::row_prefix;
     use super::super::testing::TempDir;
     use super::super::{Store, directory};
     use super::*;
     use crate::config::SpoolConfig;
 
-    fn row(team: &str, charge: i64) -> Vec<u8> {
-        format!("{{\"batch\":\"b\",\"event_id\":\"e\",\"team_id\":\"{team}\",\"started_at\":5,\"duration_us\":7,\"charge_nano_usd\":{charge}}}\n")
-            .into_bytes()
+    fn row(id: &BatchId, team: &str, charge: u64) -> Vec<u8> {
+        let fields = format!(
+            "\"event_id\":\"e\",\"team_id\":\"{team}\",\"started_at\":5,\"duration_us\":7,\"charge_nano_usd\":{charge}}}\n"
+        );
+        [&row_prefix(id)[..], fields.as_bytes()].concat()
     }
 
     #[test]
@@ -125,8 +128,8 @@ mod tests {
                 sequence,
                 gateway: "gw".into(),
             };
-            directory::write_sealed(&own, &id, &[&row(team, 10 + sequence as i64), &row(team, 0)])
-                .expect("it is written");
+            let rows = [row(&id, team, 10 + sequence), row(&id, team, 0)];
+            directory::write_sealed(&own, &id, &[&rows[0], &rows[1]]).expect("it is written");
         }
         let config = SpoolConfig {
             dir: dir.path().to_owned(),

@@ -6,7 +6,7 @@
 //! A piece is committed by its first byte, which is stored last; what is not used is zero. Since no piece begins with a zero byte, a
 //! piece that was being copied when the process died can be told from one that was there.
 //!
-//! Left out: on a file system that copies on write (btrfs, ZFS) reserved blocks do not guarantee that a write finds room; there a
+//! Left out: on a file system that copies on write (btrfs, ZFS, APFS) reserved blocks do not guarantee that a write finds room; there a
 //! full disk can end the process with SIGBUS. Whoever truncates a segment under a running gateway gets the same.
 
 use memmap2::MmapRaw;
@@ -31,6 +31,17 @@ impl Mapping {
                 .0
                 .advise_range(memmap2::Advice::PopulateWrite, range.start, end - range.start);
         }
+    }
+
+    /// To be called before the file is flushed: gives the file what was written to memory. On Linux it has that already; elsewhere
+    /// nothing says so.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn write_back(&self) -> io::Result<()> {
+        #[cfg(not(target_os = "linux"))]
+        self.0.flush()?;
+        Ok(())
     }
 }
 
@@ -85,7 +96,7 @@ impl Segment {
         &self.file
     }
 
-    /// The memory, to be made ready.
+    /// The memory, to be made ready, and written back.
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
     }
