@@ -114,7 +114,7 @@ fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCo
         gateway.show_store(store.counts())?;
     }
     if let Some(bookkeeper) = &bookkeeper {
-        gateway.metrics().show_ledger(bookkeeper.stats())?;
+        gateway.show_ledger(bookkeeper.stats())?;
     }
     let budgets = BudgetKeeper::of(gateway.config(), gateway.limiter(), store.as_ref());
     let clients = gateway.client_addr().map(|addr| addr.to_string());
