@@ -253,7 +253,7 @@ pub struct SpoolConfig {
     /// Directory, made if it is missing. It must outlive a restart: in a container, a volume. Default `./spool`.
     #[serde(serialize_with = "serialize_path")]
     pub dir: PathBuf,
-    /// Most bytes of rows that wait. Default 10 GiB: days of outage at a hundred requests a second.
+    /// Most bytes of rows that wait. Default 10 GiB: a day of outage at a hundred requests a second, of which each takes some 1.2 kB.
     pub max_bytes: ByteSize,
     /// What becomes of rows beyond that. Default `drop_newest`: a row that was once kept is never given up again.
     pub when_full: WhenFull,
