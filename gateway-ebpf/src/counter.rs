@@ -1,6 +1,7 @@
 //! Counts what was recorded and what was lost. A counter belongs to one CPU and is added to atomically, since another program can
 //! interrupt this one there.
 
+use crate::element;
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, helpers::bpf_get_smp_processor_id, macros::map, maps::Array};
 use core::arch::asm;
 use gateway_common::counter::{Counters, DIRECTIONS, index};
@@ -33,8 +34,8 @@ impl Direction {
     #[inline(always)]
     pub fn here(direction: u8) -> Option<Self> {
         let cpu = unsafe { bpf_get_smp_processor_id() };
-        let own = COUNTERS.get_ptr_mut(index(cpu as u32, direction));
-        own.or_else(|| COUNTERS.get_ptr_mut(index(0, direction)))
+        let own = element::find(&COUNTERS, index(cpu as u32, direction));
+        own.or_else(|| element::find(&COUNTERS, index(0, direction)))
             .map(Self)
     }
 

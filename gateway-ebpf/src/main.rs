@@ -14,11 +14,13 @@
 
 mod counter;
 mod diagnostic;
+mod element;
+mod headers;
 mod packet;
 mod record;
 mod setting;
 
-use crate::diagnostic::Malformed;
+use crate::headers::Headers;
 use crate::packet::Packet;
 use aya_ebpf::{macros::cgroup_skb, programs::SkBuffContext};
 use core::mem::MaybeUninit;
@@ -53,12 +55,18 @@ fn watch<const DIRECTION: u8>(ctx: &SkBuffContext, limit_bytes: u32) {
     if port != 0 && !setting::is_watched(port) {
         return;
     }
-    let mut wrong = MaybeUninit::<Malformed<DIRECTION>>::uninit();
-    // In memory from the start: the compiler would keep it in registers that on the way of a good packet hold nothing, which the verifier refuses.
-    let wrong = core::hint::black_box(Malformed::clear(&mut wrong));
-    match packet::read(ctx, wrong) {
-        Packet::Segment(segment) => record::put(ctx, &segment, DIRECTION, limit_bytes),
-        Packet::Other => wrong.note(),
+    let mut place = MaybeUninit::<Headers>::uninit();
+    let (headers, is_loaded) = Headers::load(ctx, &mut place);
+    if !is_loaded {
+        return;
+    }
+    match packet::read::<DIRECTION>(ctx, headers) {
+        Packet::Segment(segment) => record::put::<DIRECTION>(ctx, headers, &segment, limit_bytes),
+        Packet::Other => {
+            if let Some((packet_bytes, numbers)) = headers.known_malformed() {
+                diagnostic::malformed::<DIRECTION>(packet_bytes, &numbers);
+            }
+        }
     }
 }
 

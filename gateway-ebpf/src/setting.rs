@@ -1,5 +1,6 @@
 //! What the agent asked for.
 
+use crate::element;
 use aya_ebpf::{macros::map, maps::Array};
 use gateway_common::setting::{PORT_WORDS, Settings, port_bit};
 
@@ -13,11 +14,11 @@ static PORTS: Array<u64> = Array::with_max_entries(PORT_WORDS, 0);
 #[inline(always)]
 pub fn is_watched(port: u16) -> bool {
     let (word, bit) = port_bit(port);
-    PORTS.get(word).is_some_and(|ports| ports & bit != 0)
+    element::find(&PORTS, word).is_some_and(|ports| unsafe { *ports } & bit != 0)
 }
 
 /// How much of each packet to a server is captured. Always there: the verifier only cannot know it.
 #[inline(always)]
 pub fn ingress_prefix_bytes() -> Option<u32> {
-    SETTINGS.get(0).map(|settings| settings.ingress_prefix_bytes)
+    element::find(&SETTINGS, 0).map(|settings| unsafe { (*settings).ingress_prefix_bytes })
 }
