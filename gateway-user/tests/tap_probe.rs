@@ -449,6 +449,18 @@ mod kernel {
         }
     }
 
+    fn two_capabilities_are_enough() {
+        let mut server = Actor::start("server", None);
+        let port: u16 = server.ask("listen 127.0.0.1").parse().expect("a port");
+        let mut tap = Actor::start("tap", None);
+        assert_eq!(tap.ask("restrict"), "8000001000", "CAP_BPF and CAP_NET_ADMIN");
+        let opened = tap.ask(&format!("open {port} false"));
+        assert!(opened.starts_with('/'), "{opened}");
+        assert_eq!(tap.ask("capabilities"), "0 0 0 0");
+        let addr = SocketAddr::from(([127, 0, 0, 1], port));
+        check_seen(&mut server, &mut tap, addr);
+    }
+
     fn a_server_that_comes_back_in_another_cgroup_is_followed() {
         let (cgroup, server, mut tap, addr) = tapped(true);
         assert_eq!(tap.ask("check"), "None");
@@ -554,6 +566,7 @@ mod kernel {
             "capabilities_are_gone_and_all_goes_on",
             capabilities_are_gone_and_all_goes_on,
         ),
+        ("two_capabilities_are_enough", two_capabilities_are_enough),
         (
             "a_server_that_comes_back_in_another_cgroup_is_followed",
             a_server_that_comes_back_in_another_cgroup_is_followed,

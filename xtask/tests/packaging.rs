@@ -242,10 +242,7 @@ fn nothing_runs_with_more_rights_than_it_needs() {
         assert_eq!(context["capabilities"]["drop"], json!(["ALL"]), "{kind}");
         assert_eq!(pod["automountServiceAccountToken"], false, "{kind}");
         if kind == "DaemonSet" {
-            assert_eq!(
-                context["capabilities"]["add"],
-                json!(["BPF", "NET_ADMIN", "PERFMON"])
-            );
+            assert_eq!(context["capabilities"]["add"], json!(["BPF", "NET_ADMIN"]));
             assert_eq!(pod["hostNetwork"], false);
             assert_eq!(pod["hostPID"], false);
         } else {

@@ -13,9 +13,9 @@ const KERNEL_MIN: (u32, u32) = (5, 11);
 const KERNEL_TRIED: (u32, u32) = (6, 1);
 
 /// How to get what the probe needs.
-const CAPABILITIES: &str = "run as root, or give the capabilities alone: AmbientCapabilities=CAP_BPF CAP_NET_ADMIN CAP_PERFMON (systemd), \
-                            --cap-add BPF --cap-add NET_ADMIN --cap-add PERFMON (docker), securityContext.capabilities.add (Kubernetes), or \
-                            setcap cap_bpf,cap_net_admin,cap_perfmon+ep on the program";
+const CAPABILITIES: &str = "run as root, or give the capabilities alone: AmbientCapabilities=CAP_BPF CAP_NET_ADMIN (systemd), \
+                            --cap-add BPF --cap-add NET_ADMIN (docker), securityContext.capabilities.add (Kubernetes), or \
+                            setcap cap_bpf,cap_net_admin+ep on the program";
 
 pub(super) fn checks() -> Vec<Check> {
     let read = |path| fs::read_to_string(path).ok();
@@ -77,7 +77,7 @@ fn capabilities(held: Result<(), TapError>, uid_map: Option<&str>) -> Check {
                 "a rootless container cannot load the tap: run it as a service of the host, or in a container with --userns=host",
             )
         }
-        Ok(()) => Check::ok("kernel", "capabilities", "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"),
+        Ok(()) => Check::ok("kernel", "capabilities", "CAP_BPF and CAP_NET_ADMIN"),
     }
 }
 

@@ -20,7 +20,7 @@ pub enum TapError {
     /// Capabilities are missing.
     #[error(
         "the kernel probe needs {missing}, which this process does not have; run it as root, give the program the capabilities \
-         (setcap cap_bpf,cap_net_admin,cap_perfmon+ep) or the container (--cap-add BPF --cap-add NET_ADMIN --cap-add PERFMON), or set `capture: proxy`"
+         (setcap cap_bpf,cap_net_admin+ep) or the container (--cap-add BPF --cap-add NET_ADMIN), or set `capture: proxy`"
     )]
     Capabilities {
         /// Their names.
@@ -82,12 +82,6 @@ pub enum TapError {
         map: &'static str,
         /// What went wrong.
         source: Box<MapError>,
-    },
-    /// The lines that the probe writes could not be had.
-    #[error("the kernel probe's own lines cannot be read ({source}); `cargo xtask build-ebpf` makes it anew")]
-    Diagnostics {
-        /// What went wrong.
-        source: Box<aya_log::Error>,
     },
     /// The probe that was built in lacks a part.
     #[error("the kernel probe has no {part}; `cargo xtask build-ebpf` makes it anew")]

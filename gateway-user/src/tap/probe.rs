@@ -12,6 +12,7 @@ use aya::programs::{CgroupSkb, ProgramError};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use gateway_common::counter::{COUNTERS, DIRECTIONS};
+use gateway_common::malformed::MALFORMED;
 use gateway_common::record::RING;
 use gateway_common::setting::{PORTS, SETTINGS, Settings, port_bit};
 use std::collections::BTreeMap;
@@ -62,7 +63,7 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Loads it. Takes CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON.
+    /// Loads it. Takes CAP_BPF and CAP_NET_ADMIN.
     ///
     /// # Errors
     /// [`TapError`], which says what is missing.
@@ -95,7 +96,7 @@ impl Probe {
             programs,
             ring,
             counters,
-            diagnostics: Diagnostics::open(&mut object)?,
+            diagnostics: Diagnostics::open(take_map(&mut object, MALFORMED)?)?,
         })
     }
 }

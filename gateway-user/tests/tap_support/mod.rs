@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -414,6 +415,17 @@ impl Part for TapProcess {
                 let mut records = 0;
                 while self.tap().ring.drain(64, &mut |_| records += 1) == 64 {}
                 records.to_string()
+            }
+            // Only what the documentation asks for.
+            "restrict" => {
+                let kept = CapabilitySet::BPF | CapabilitySet::NET_ADMIN;
+                let sets = CapabilitySets {
+                    effective: kept,
+                    permitted: kept,
+                    inheritable: CapabilitySet::empty(),
+                };
+                set_capabilities(None, sets).expect("fewer can always be had");
+                capabilities("self", "CapEff")
             }
             // Effective, permitted, inheritable and ambient ones.
             "capabilities" => ["CapEff", "CapPrm", "CapInh", "CapAmb"]
