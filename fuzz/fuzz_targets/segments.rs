@@ -39,7 +39,7 @@ fuzz_target!(|data: &[u8]| {
     let limits = Limits {
         connections: CONNECTIONS_MAX,
         streams: StreamLimits { held_bytes: 1_000, held_bytes_total: HELD_BYTES_MAX, ..StreamLimits::default() },
-        linger: Duration::from_millis(5),
+        drain: Duration::from_millis(5),
         idle: Duration::from_millis(200),
         ..Limits::default()
     };

@@ -23,7 +23,7 @@ mod replay;
 pub use joins::Joins;
 
 use crate::books::Books;
-use crate::clock;
+use crate::clock::Placer;
 use crate::event::{Begin, CapturedBy, Context, EventSink, TapTimes, TapTiming, TimingSink};
 use crate::proxy::rewrite::GATEWAY_REQUEST_ID;
 use crate::segments::Segments;
@@ -88,6 +88,7 @@ pub struct Correlator {
     timings: Option<Arc<dyn TimingSink>>,
     joins: Arc<Joins>,
     replays: Replays,
+    placer: Placer,
     counts: Arc<CorrelationCounts>,
 }
 
@@ -99,6 +100,7 @@ impl Correlator {
             timings,
             joins: Arc::default(),
             replays: Replays::default(),
+            placer: Placer::default(),
             counts: Arc::default(),
         }
     }
@@ -149,7 +151,7 @@ impl Correlator {
     }
 
     /// What is known of a direct request at its beginning.
-    fn direct(&self, at: At, upstream: &str, head: &RequestHead) -> Context {
+    fn direct(&mut self, at: At, upstream: &str, head: &RequestHead) -> Context {
         let fields = head.fields();
         let identity = self
             .books
@@ -163,7 +165,7 @@ impl Correlator {
         let user = identity.as_ref().and_then(|identity| identity.user.as_ref());
         Context {
             event_id: self.books.ids.next(),
-            started_at_us: clock::wall_us(at),
+            started_at_us: self.placer.wall_us(at),
             gateway_id: self.books.ids.gateway_id().into(),
             team: Some(team.into()),
             project: project.map(|project| project.as_str().into()),
@@ -198,12 +200,12 @@ impl Correlator {
         }
     }
 
-    fn foreign(&self, event_id: Box<str>, times: TapTimes) {
+    fn foreign(&mut self, event_id: Box<str>, times: TapTimes) {
         count(&self.counts.foreign);
         if let Some(sink) = &self.timings {
             sink.record(&TapTiming {
                 event_id,
-                seen_at_us: clock::wall_us(times.arrived),
+                seen_at_us: self.placer.wall_us(times.arrived),
                 seen_by: self.books.ids.gateway_id().into(),
                 ttft_us: times.ttft_us,
                 duration_us: times.ended.micros_since(times.arrived),

@@ -119,7 +119,7 @@ pub struct RequestEvent {
     pub stream: bool,
     /// Which path saw it.
     pub capture: CapturedBy,
-    /// Status code that the client got; 0 when it got none.
+    /// Status code of the response, also of one that came when its client had just left; 0 when there was none.
     pub status_code: u16,
     /// How it ended.
     #[serde(serialize_with = "name_of_outcome")]

@@ -1,6 +1,7 @@
 //! The gateway as a whole: what is bound and built before it runs, how it runs, and how it ends.
 
 use crate::admin::{AdminServer, Readiness, State};
+use crate::bookkeeper::LedgerStats;
 use crate::books::{Books, Outlets};
 use crate::config::{Capture, Config, LimitsConfig, RuntimeKind, TokenScope};
 use crate::correlate::Beside;
@@ -136,6 +137,15 @@ impl Gateway {
     pub fn show_store(&self, counts: StoreCounts) -> Result<(), MetricsError> {
         self.view.show_store(counts.clone());
         self.shared.metrics.show_store(counts)
+    }
+
+    /// Shows a bookkeeper's numbers too.
+    ///
+    /// # Errors
+    /// When they are shown already, which is a defect of this program.
+    pub fn show_ledger(&self, stats: Arc<LedgerStats>) -> Result<(), MetricsError> {
+        self.view.show_ledger(Arc::clone(&stats));
+        self.shared.metrics.show_ledger(stats)
     }
 
     /// Where clients connect, if there is a proxy.

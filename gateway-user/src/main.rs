@@ -18,6 +18,11 @@ use vllm_gateway::store::service::StoreService;
 use vllm_gateway::trial::{self, TryArgs};
 use vllm_gateway::{calibrate, descriptors, doctor, log, report, stop, tap};
 
+/// A request takes some dozens of small pieces of memory on either capture path, and musl's own allocator, which static builds would have, makes one
+/// thread wait for the other.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
         Command::Run(source) => run(&source),
@@ -109,7 +114,7 @@ fn serve(mut config: Config, up: impl FnOnce(&Gateway)) -> anyhow::Result<ExitCo
         gateway.show_store(store.counts())?;
     }
     if let Some(bookkeeper) = &bookkeeper {
-        gateway.metrics().show_ledger(bookkeeper.stats())?;
+        gateway.show_ledger(bookkeeper.stats())?;
     }
     let budgets = BudgetKeeper::of(gateway.config(), gateway.limiter(), store.as_ref());
     let clients = gateway.client_addr().map(|addr| addr.to_string());

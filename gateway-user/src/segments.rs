@@ -14,6 +14,7 @@ use crate::wire::At;
 use crate::wire::endpoint::Purpose;
 use crate::wire::exchange::{Exchange, Facts, Outcome, Tokens};
 use crate::wire::progress::Progress;
+use foldhash::quality::RandomState;
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
 
@@ -162,7 +163,7 @@ fn has_run(facts: &Facts) -> bool {
 
 /// How long requests wait at each upstream just now, by what it said between the last two scrapes.
 #[derive(Debug, Default)]
-pub struct Waits(RwLock<HashMap<Box<str>, Wait>>);
+pub struct Waits(RwLock<HashMap<Box<str>, Wait, RandomState>>);
 
 impl Waits {
     /// How long they wait and run there, on average; nothing is known before the second scrape.

@@ -9,13 +9,14 @@ use crate::ledger::{Evidence, Slice, Totals};
 use crate::vllm::page::Unsupported;
 use crate::wire::endpoint::{Endpoint, Purpose};
 use crate::wire::exchange::{Outcome, UsageSource};
+use foldhash::quality::RandomState;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// The tallies of all upstreams, by their configured names.
 #[derive(Debug, Default)]
-pub struct Tallies(HashMap<Box<str>, Arc<Tally>>);
+pub struct Tallies(HashMap<Box<str>, Arc<Tally>, RandomState>);
 
 impl Tallies {
     /// Of the upstreams of this configuration.
@@ -62,7 +63,7 @@ impl Untold {
 
     /// `None` where all is told, or no engine had anything to tell.
     fn of(event: &RequestEvent) -> Option<Untold> {
-        let needs_completion = match Endpoint::classify(event.endpoint).purpose() {
+        let needs_completion = match Endpoint::of_name(event.endpoint).purpose() {
             Purpose::Generate => true,
             Purpose::Pool => false,
             _ => return None,

@@ -9,7 +9,8 @@ mod support;
 use books_site::{CROOKED, MINUTE_US, Request, SECOND_US, START_US, Site, WINDOW_US, cut, requests, scrapes};
 use support::Sim;
 use support::installed::{Installed, load};
-use vllm_gateway::ledger::{Micros, NanoUsd, Price, PriceList, Span, State};
+use vllm_gateway::bookkeeper::job::Bookkeeper;
+use vllm_gateway::ledger::{HourCost, Line, Micros, NanoUsd, Price, PriceList, Span, State};
 
 /// Moments after the start.
 fn at(us: u64) -> Micros {
@@ -109,6 +110,77 @@ async fn two_gateways_of_which_one_is_an_hour_late_come_to_the_ledger_of_one() {
             "{id}"
         );
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_hour_is_the_same_whoever_tells_it() {
+    let site = Site::start("hour");
+    let database = site.database("hour").await;
+    let segments = cut(&requests(200, 100 * MINUTE_US));
+    let told = |keeper: &Bookkeeper, now: Micros| -> Option<HourCost> {
+        let stats = keeper.stats();
+        let mut hours = stats.last_hours(now);
+        let (name, hour) = hours.next().expect("an upstream");
+        assert!(name == "chat" && hours.next().is_none(), "{name}");
+        hour
+    };
+    let mut one = database.bookkeeper("one", "");
+    one.cycle(at(MINUTE_US)).await.expect("a cycle");
+    assert_eq!(told(&one, at(MINUTE_US)), None, "nothing is known yet");
+    database.store_segments(&segments, |_| "one").await;
+    let looks = scrapes("one", 0, 100 * MINUTE_US, &segments, 2);
+    database.store_scrapes(&looks).await;
+
+    // Younger than an hour: all of it.
+    one.cycle(at(20 * MINUTE_US)).await.expect("a cycle");
+    let young = told(&one, at(20 * MINUTE_US)).expect("it is known");
+    let booked_until = 20 * MINUTE_US - WINDOW_US;
+    assert_eq!(young.span, Span::new(at(0), at(booked_until)));
+
+    // An hour, the same by another gateway that shares idle time out as this one does, and what ClickHouse says.
+    let now = at(100 * MINUTE_US);
+    one.cycle(now).await.expect("a cycle");
+    let mut two = database.bookkeeper("two", "");
+    two.cycle(now).await.expect("a cycle");
+    let hour = told(&one, now).expect("it is known");
+    assert_eq!(told(&two, now), Some(hour));
+    let (from, to) = (hour.span.from(), hour.span.to());
+    assert_eq!(to.0 - from.0, 60 * MINUTE_US);
+    let sum: u64 = Line::ALL.iter().map(|line| hour.cost(*line).0).sum();
+    assert_eq!(sum, bill(from, to));
+    let within = format!(
+        "window_start >= toDateTime({}, 'UTC') AND window_start < toDateTime({}, 'UTC')",
+        from.0 / SECOND_US,
+        to.0 / SECOND_US
+    );
+    for (line, rows) in [
+        (Line::Teams, "NOT startsWith(team_id, '__')"),
+        (Line::Idle, "team_id = '__idle__'"),
+        (Line::Unattributed, "team_id = '__unattributed__'"),
+    ] {
+        let sql = format!("SELECT sum(cost_nano_usd) FROM cost_ledger FINAL WHERE {within} AND {rows}");
+        assert_eq!(hour.cost(line).0, database.number(&sql).await, "{line:?}");
+    }
+    assert!(
+        hour.cost(Line::Teams).0 > 0 && hour.cost(Line::Idle).0 > 0,
+        "{hour:?}"
+    );
+
+    // Nobody has booked for a while, or a window of it is gone: unknown, and not what it was.
+    assert_eq!(told(&one, at(111 * MINUTE_US)), None);
+    database
+        .run(&format!(
+            "DELETE FROM ledger_windows WHERE window_start = toDateTime({}, 'UTC')",
+            from.0 / SECOND_US
+        ))
+        .await;
+    let mut three = database.bookkeeper("three", "ledger: {settle_after: 1m}\n");
+    three.cycle(now).await.expect("a cycle");
+    assert_eq!(
+        told(&three, now).map(|hour| hour.span),
+        Some(hour.span),
+        "the first look fills holes"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -19,6 +19,15 @@ const SKIP: &str = "VLLM_GATEWAY_SKIP_BROWSER";
 /// The package that has axe-core in it, and nothing else that is used.
 const AXE: &str = "axe-playwright-python==0.1.8";
 
+/// What teams may be charged; some part of it is spent in the few seconds of this test. The sixth team has no budget.
+const BUDGETS: [(&str, &str); 5] = [
+    ("team-1", "0.005"),
+    ("team-2", "0.003"),
+    ("team-3", "0.004"),
+    ("team-4", "0.001"),
+    ("team-5", "0.004"),
+];
+
 /// Traffic; it ends with its handle.
 struct Load(Child);
 
@@ -86,8 +95,13 @@ fn under_traffic(browser: &mut Browser, runtime: &tokio::runtime::Runtime, axe: 
     let other = Sim::start(&["--model", "tiny", "--step-base-us", "4000"]);
     let gateway = TestGateway::start(&format!(
         "upstreams:\n  - {{name: chat-1, url: \"http://{}\", serves: generate}}\n  - {{name: chat-2, url: \"http://{}\", serves: generate}}\n\
-         vllm: {{scrape_interval: 500ms}}\n",
-        chat.addr, other.addr
+         vllm: {{scrape_interval: 500ms}}\n\
+         limits:\n  teams:\n{}",
+        chat.addr,
+        other.addr,
+        BUDGETS
+            .map(|(team, usd)| format!("    - {{team: {team}, budget: {{usd: {usd}, at_limit: observe}}}}\n"))
+            .concat()
     ));
     browser.resize(1280, 1000, 1.0, false);
     browser.prefer("light");
@@ -139,6 +153,9 @@ fn under_traffic(browser: &mut Browser, runtime: &tokio::runtime::Runtime, axe: 
     load.ends();
     figures_are_those_of_the_metrics(browser, runtime, &gateway);
 
+    costs_stand_beside_the_books(browser, axe);
+    budgets_are_those_of_the_metrics(browser, runtime, &gateway, axe);
+
     drop(other);
     let seen = browser.until(
         "the killed upstream",
@@ -184,10 +201,115 @@ fn under_traffic(browser: &mut Browser, runtime: &tokio::runtime::Runtime, axe: 
         .retain(|complaint| !complaint.contains("net::ERR_"));
 }
 
-fn pictures(browser: &mut Browser) {
+/// With figures made up, since they take a store: that they are those of `/metrics` is tested where one runs.
+fn costs_stand_beside_the_books(browser: &mut Browser, axe: &str) {
+    assert_eq!(
+        browser.value("document.getElementById('costs').hidden"),
+        true,
+        "no books are kept"
+    );
+    browser.value(
+        "(() => { document.getElementById('pause').click(); const hour = { from_us: 0, to_us: 3600e6, unattributed_nano_usd: 1e7, loading_nano_usd: 0, \
+         down_nano_usd: 2e8, scaled_to_zero_nano_usd: 0 }; renderBooks({ ...state.snapshot.reconciliation, costs: [ \
+         { ...hour, upstream: 'chat-1', teams_nano_usd: 29e7, idle_nano_usd: 2e9 }, { ...hour, upstream: 'chat-2', teams_nano_usd: 5e8, idle_nano_usd: 0 }] }); })()",
+    );
+    for (field, expected) in [
+        ("cost", "2.50"),
+        ("teams", "0.29"),
+        ("idle", "2.00"),
+        ("idle_share", "80\u{202f}%"),
+        ("unattributed", "0.010"),
+        ("away", "0.20"),
+    ] {
+        assert_eq!(
+            browser.value(&cell("cost-table", "chat-1", field)),
+            expected,
+            "{field}"
+        );
+    }
+    assert_eq!(browser.value(&cell("cost-table", "chat-2", "idle")), "0");
+    axe_finds_nothing(browser, axe, "with costs");
+    browser.picture(&picture_named("costs"));
+    browser.value("document.getElementById('pause').click()");
+    browser.until("none again", "document.getElementById('costs').hidden");
+}
+
+fn budgets_are_those_of_the_metrics(
+    browser: &mut Browser,
+    runtime: &tokio::runtime::Runtime,
+    gateway: &TestGateway,
+    axe: &str,
+) {
+    let metrics = runtime.block_on(gateway.metrics());
+    let bar = |team: &str| {
+        format!(
+            "[...document.querySelectorAll('#team-table tbody tr')].find((row) => row.cells[0].textContent === '{team}')\
+             .querySelector('[data-field=budget] [role=meter]')"
+        )
+    };
+    for (team, _) in BUDGETS {
+        let label = format!("team=\"{team}\"");
+        let of = |name: &str| metric_sum(&metrics, name, &[&label]);
+        let (spent, budget) = (of("gateway_budget_spent_usd"), of("gateway_budget_usd"));
+        assert!(spent > 0.0 && budget > 0.0, "{team}: {spent} of {budget}");
+        let share = spent / budget * 100.0;
+        let now = share.round().min(100.0);
+        browser.until(
+            &format!("the budget of {team} at {now} %"),
+            &format!("{}.getAttribute('aria-valuenow') === '{now}'", bar(team)),
+        );
+        let width = browser.value(&format!("{}.firstChild.firstChild.style.width", bar(team)));
+        let width = width.as_str().and_then(|width| width.strip_suffix('%'));
+        let width: f64 = width.and_then(|width| width.parse().ok()).expect("a width");
+        assert!(
+            (width - share.min(100.0)).abs() < 0.11,
+            "{team}: {width} % for {share} %"
+        );
+        let text = browser.value(&format!("{}.getAttribute('aria-valuetext')", bar(team)));
+        let text = text.as_str().expect("a text");
+        assert!(text.ends_with(" USD for the month"), "{text}");
+    }
+    let has_none = format!("{}.hidden", bar("team-6"));
+    assert_eq!(browser.value(&has_none), true, "a team without a budget");
+
+    // Made up: one that is nearly spent, and one that is more than spent.
+    browser.value(
+        "(() => { document.getElementById('pause').click(); const spent = { 'team-1': 0.85, 'team-2': 1.2 }; \
+         const teams = state.snapshot.teams.map((team) => ({ ...team, budget: team.team in spent \
+         ? { ...team.budget, spent_usd: spent[team.team] * team.budget.usd } : null })); \
+         const snapshot = { ...state.snapshot, teams }; renderTeams(snapshot, ''); renderVerdict(snapshot); })()",
+    );
+    for (team, level, shown, now) in [
+        ("team-1", "near", "! 85\u{202f}%", "85"),
+        ("team-2", "spent", "✕ 120\u{202f}%", "100"),
+    ] {
+        assert_eq!(browser.value(&cell("team-table", team, "budget")), shown);
+        let bar = bar(team);
+        assert_eq!(
+            browser.value(&format!("{bar}.getAttribute('aria-valuenow')")),
+            now
+        );
+        let is_marked = format!("{bar}.classList.contains('{level}')");
+        assert_eq!(browser.value(&is_marked), true, "{team}");
+    }
+    let verdict = browser.value("document.getElementById('verdict').innerText");
+    let verdict = verdict.as_str().expect("a text");
+    assert!(verdict.contains("eam-2 has spent its budget"), "{verdict}");
+    for scheme in ["dark", "light"] {
+        browser.prefer(scheme);
+        axe_finds_nothing(browser, axe, &format!("with budgets spent, {scheme}"));
+    }
+    browser.value("document.getElementById('pause').click()");
+}
+
+fn picture_named(name: &str) -> PathBuf {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .parent()
         .expect("the target directory");
+    target.join(format!("console/{name}.png"))
+}
+
+fn pictures(browser: &mut Browser) {
     for (name, width, height, density, is_phone, scheme) in [
         ("light", 1280, 1000, 1.0, false, "light"),
         ("dark", 1280, 1000, 1.0, false, "dark"),
@@ -195,7 +317,7 @@ fn pictures(browser: &mut Browser) {
     ] {
         browser.resize(width, height, density, is_phone);
         browser.prefer(scheme);
-        browser.picture(&target.join(format!("console/{name}.png")));
+        browser.picture(&picture_named(name));
         let overflow = browser.value("document.documentElement.scrollWidth > innerWidth");
         assert_eq!(overflow, false, "the page is wider than the window: {name}");
     }
@@ -311,7 +433,9 @@ fn with_a_token(browser: &mut Browser, axe: &str) {
     let gateway = TestGateway::before(
         chat.addr,
         None,
-        &format!("admin: {{tokens: [{{name: one, sha256: \"{digest}\", scope: \"team:team-1\"}}]}}\n"),
+        &format!(
+            "admin: {{tokens: [{{name: one, sha256: \"{digest}\", scope: \"team:team-1\"}}]}}\nlimits: {{default: {{budget: {{usd: 7}}}}}}\n"
+        ),
     );
     Load::start(
         &gateway,
@@ -343,6 +467,13 @@ fn with_a_token(browser: &mut Browser, axe: &str) {
     assert!(
         text.contains("team-1") && !text.contains("team-2") && !text.contains("team-3"),
         "{text}"
+    );
+    assert_eq!(
+        browser.value(
+            "[...document.querySelectorAll('[role=meter]')].map((bar) => bar.getAttribute('aria-label'))"
+        ),
+        serde_json::json!(["Budget of team-1"]),
+        "its own budget and nobody else's"
     );
     assert_eq!(browser.value("document.getElementById('books').hidden"), true);
     assert_eq!(

@@ -165,6 +165,7 @@ async fn what_is_described_is_what_is_served() {
     let absent = |path: &str| {
         path.starts_with("reconciliation.tap.")
             || path.starts_with("reconciliation.store.")
+            || path.starts_with("reconciliation.costs[].")
             || path.ends_with("likely_causes[]")
     };
     let expected: BTreeSet<String> = described.iter().filter(|path| !absent(path)).cloned().collect();
@@ -173,9 +174,10 @@ async fn what_is_described_is_what_is_served() {
     assert_eq!(
         (
             fields_of("reconciliation.tap."),
-            fields_of("reconciliation.store.")
+            fields_of("reconciliation.store."),
+            fields_of("reconciliation.costs[].")
         ),
-        (7, 7)
+        (7, 7, 9)
     );
 }
 
@@ -286,6 +288,29 @@ async fn a_token_shows_what_it_is_for_and_nothing_else() {
         let (status, document) = get(gateway.admin, path, &red).await;
         assert_eq!((status, &document["scope"]), (200, &"team:red".into()));
         assert!(!document.to_string().contains("blue"), "{document}");
+    }
+    let (_, own) = get(gateway.admin, "/api/teams", &red).await;
+    assert_eq!(own["teams"][0]["budget"]["usd"], 1.0, "{own}");
+    assert_eq!(
+        own["teams"].as_array().map(Vec::len),
+        Some(1),
+        "another's budget: {own}"
+    );
+    let budget = |team: &str| {
+        let rows = all["teams"].as_array().expect("a list").iter();
+        let mut of_team = rows.filter(|row| row["team"] == team);
+        of_team.next().expect("a row")["budget"].clone()
+    };
+    let (_, _, metrics) = ask(gateway.admin, "GET", "/metrics", &ops).await;
+    for team in ["red", "blue"] {
+        for (field, name) in [
+            ("usd", "gateway_budget_usd"),
+            ("spent_usd", "gateway_budget_spent_usd"),
+        ] {
+            let in_metrics = metric_sum(&metrics, name, &[&format!("team=\"{team}\"")]);
+            assert!(in_metrics > 0.0, "{team}: {name}");
+            assert_eq!(budget(team)[field].as_f64(), Some(in_metrics), "{team}: {field}");
+        }
     }
     let (_, requests) = get(gateway.admin, "/api/requests", &red).await;
     assert_eq!(requests["requests"].as_array().map(Vec::len), Some(2));

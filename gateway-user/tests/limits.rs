@@ -347,3 +347,31 @@ async fn what_costs_nothing_is_not_limited_and_messages_are_refused_in_their_own
     assert_eq!(refused.body["error"]["type"], "rate_limit_error");
     assert!(refused.field("retry-after").is_some());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_client_keeps_its_connection_and_the_event_says_which_model_it_wanted() {
+    let upstream = Upstream::recording().await;
+    let gateway = TestGateway::before(
+        upstream.addr,
+        None,
+        "limits: {default: {requests_per_minute: 1}}\n",
+    );
+    let open = String::from_utf8(post(CHAT, "red", ASK)).expect("text");
+    let open = open.replace("Connection: close\r\n", "");
+    let last = b"GET /v1/models HTTP/1.1\r\nHost: a\r\nX-Team-ID: red\r\nConnection: close\r\n\r\n";
+    let requests = [open.as_bytes(), open.as_bytes(), last].concat();
+    let answers = String::from_utf8(exchange(gateway.addr, &requests).await).expect("text");
+    let statuses: Vec<&str> = answers
+        .split("HTTP/1.1 ")
+        .filter_map(|answer| answer.split(' ').next().filter(|status| !status.is_empty()))
+        .collect();
+    assert_eq!(statuses, ["200", "429", "200"], "{answers}");
+    let refused = gateway.events.wait_for(3)[1].clone();
+    assert_eq!((refused.status_code, &*refused.model), (429, "tiny"));
+    // A client that would wait for leave to send its body is told at once, and does not send it.
+    let expecting = open.replace("Host: a\r\n", "Host: a\r\nExpect: 100-continue\r\n");
+    let (head, _) = expecting.split_once("\r\n\r\n").expect("a head");
+    let answer =
+        String::from_utf8(exchange(gateway.addr, format!("{head}\r\n\r\n").as_bytes()).await).expect("text");
+    assert!(answer.starts_with("HTTP/1.1 429 "), "{answer}");
+}

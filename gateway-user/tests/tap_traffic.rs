@@ -14,7 +14,11 @@ use replay::{Capture, Cut, Replay};
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use support::upstream::{Talk, Upstream};
 use support::{Sim, TestGateway, exchange, metric_sum};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Notify;
 use vllm_gateway::config::Config;
 use vllm_gateway::event::{CapturedBy, RequestEvent};
 use vllm_gateway::tap::Tap;
@@ -316,12 +320,15 @@ fn essence(event: &RequestEvent) -> impl PartialEq + std::fmt::Debug + use<> {
     )
 }
 
+/// The default.
+const ABORT_DRAIN: &str = "200ms";
+
 /// A proxy and, with another secret, a tap before the same server: to the tap the proxy's requests are a stranger's, and so direct.
-fn proxy_and_tap(server: SocketAddr) -> (TestGateway, TestGateway) {
+fn proxy_and_tap(server: SocketAddr, abort_drain: &str) -> (TestGateway, TestGateway) {
     let upstream =
         |name, serves| format!("  - {{name: {name}, url: \"http://{server}\", serves: {serves}}}\n");
     let upstream = format!(
-        "upstreams:\n{}{}",
+        "proxy: {{abort_drain: {abort_drain}}}\nupstreams:\n{}{}",
         upstream("chat", "generate"),
         upstream("embed", "embeddings")
     );
@@ -357,7 +364,7 @@ fn compare(proxied: &[RequestEvent], tapped: &[RequestEvent]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn proxy_and_tap_book_the_same_of_the_same_traffic() {
     let sim = Sim::start(TIMED);
-    let (proxy, tap) = proxy_and_tap(sim.addr);
+    let (proxy, tap) = proxy_and_tap(sim.addr, ABORT_DRAIN);
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_vllm-load"))
         .args([
             "--url",
@@ -391,7 +398,7 @@ async fn proxy_and_tap_book_the_same_of_the_same_traffic() {
 #[tokio::test(flavor = "multi_thread")]
 async fn proxy_and_tap_book_the_same_of_every_capture() {
     let replay = Replay::start().await;
-    let (proxy, tap) = proxy_and_tap(replay.addr);
+    let (proxy, tap) = proxy_and_tap(replay.addr, ABORT_DRAIN);
     let mut count = 0;
     for (index, capture) in Capture::all().iter().enumerate() {
         // How an answer to a client that leaves ends depends on when it leaves; that has a test of its own.
@@ -412,6 +419,136 @@ async fn proxy_and_tap_book_the_same_of_every_capture() {
     let proxied = proxy.events.wait_for(count);
     let tapped = tap.events.wait_for(count);
     compare(&proxied, &tapped);
+}
+
+/// A client that leaves, and what its server does about it.
+struct Leaving {
+    /// What the client has read when it leaves.
+    before: String,
+    /// What the server sends when it has been told.
+    behind: String,
+    outcome: Outcome,
+    status_code: u16,
+    chunks: u64,
+}
+
+impl Leaving {
+    fn cases() -> Vec<Leaving> {
+        let whole = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}";
+        let failed = "HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n";
+        let done = chunk("data: [DONE]\n\n");
+        let stream = |tokens: usize| STREAM_HEAD.to_owned() + &token("a").repeat(tokens);
+        let case = |before: String, behind: String, (outcome, status_code, chunks)| Leaving {
+            before,
+            behind,
+            outcome,
+            status_code,
+            chunks,
+        };
+        vec![
+            case(String::new(), whole.into(), (Outcome::Completed, 200, 0)),
+            case(String::new(), failed.into(), (Outcome::ServerError, 500, 0)),
+            case(String::new(), stream(2) + &end(2), (Outcome::Completed, 200, 2)),
+            case(stream(1), token("a") + &end(2), (Outcome::Completed, 200, 2)),
+            case(stream(1), done, (Outcome::Completed, 200, 1)),
+            case(
+                stream(2) + &end(2)[..40],
+                end(2)[40..].into(),
+                (Outcome::Completed, 200, 2),
+            ),
+            case(stream(1), token("a"), (Outcome::Aborted, 200, 2)),
+            case(stream(1), String::new(), (Outcome::Aborted, 200, 1)),
+            case(String::new(), stream(1), (Outcome::Aborted, 200, 1)),
+            case(String::new(), whole[..40].into(), (Outcome::Aborted, 0, 0)),
+            case(String::new(), String::new(), (Outcome::Aborted, 0, 0)),
+        ]
+    }
+}
+
+/// What a server sends behind its client's end comes in that order on every run: the server waits for the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn proxy_and_tap_book_the_same_of_a_client_that_leaves_before_the_last_byte() {
+    let server = Upstream::start(|mut talk: Talk| async move {
+        let request = talk.request().await.unwrap_or_default();
+        let Leaving { before, behind, .. } = &Leaving::cases()[number_of(&request)];
+        talk.send(before).await;
+        talk.until_half_closed().await;
+        talk.send(behind).await;
+    })
+    .await;
+    // Longer than any machine is too busy to take a byte out of a socket.
+    let (proxy, tap) = proxy_and_tap(server.addr, "30s");
+    let cases = Leaving::cases();
+    for (number, case) in cases.iter().enumerate() {
+        leave(&proxy, &server, number, &case.before).await;
+        proxy.events.wait_for(number + 1);
+    }
+    let proxied = proxy.events.wait_for(cases.len());
+    compare(&proxied, &tap.events.wait_for(cases.len()));
+    for (event, case) in proxied.iter().zip(&cases) {
+        assert_eq!(
+            (event.outcome, event.status_code, event.chunks),
+            (case.outcome, case.status_code, case.chunks),
+            "{event:?}"
+        );
+    }
+}
+
+/// A server that goes on for longer than a client that left is waited for has been left, whatever it still sends.
+#[tokio::test(flavor = "multi_thread")]
+async fn proxy_and_tap_book_the_same_of_an_answer_that_comes_too_late() {
+    let given_up = Arc::new(Notify::new());
+    let waited = Arc::clone(&given_up);
+    let server = Upstream::start(move |mut talk: Talk| {
+        let waited = Arc::clone(&waited);
+        async move {
+            talk.request().await;
+            talk.send(STREAM_HEAD.to_owned() + &token("a")).await;
+            talk.until_half_closed().await;
+            waited.notified().await;
+            talk.send(token("a") + &end(2)).await;
+        }
+    })
+    .await;
+    let (proxy, tap) = proxy_and_tap(server.addr, "50ms");
+    leave(&proxy, &server, 0, &(STREAM_HEAD.to_owned() + &token("a"))).await;
+    let proxied = proxy.events.wait_for(1);
+    given_up.notify_one();
+    compare(&proxied, &tap.events.wait_for(1));
+    assert_eq!((proxied[0].outcome, proxied[0].chunks), (Outcome::Aborted, 1));
+}
+
+/// Has a client leave the request of that number once the server has it and the tokens of `sent` have come.
+async fn leave(proxy: &TestGateway, server: &Upstream, number: usize, sent: &str) {
+    let mut client = tokio::net::TcpStream::connect(proxy.addr)
+        .await
+        .expect("a connection");
+    let body = r#"{"model":"m","stream":true,"messages":[]}"#;
+    let request = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: v\r\nX-Team-ID: leaves\r\nX-Request-Id: leaves-{number}\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    client
+        .write_all(request.as_bytes())
+        .await
+        .expect("the request is taken");
+    support::eventually("the request at the server", async || {
+        (server.seen.count() > number).then_some(())
+    })
+    .await;
+    let tokens = |text: &str| text.matches("\"content\"").count();
+    let mut seen = Vec::new();
+    while tokens(&String::from_utf8_lossy(&seen)) < tokens(sent) {
+        let read = tokio::time::timeout(support::DEADLINE, client.read_buf(&mut seen)).await;
+        assert!(read.expect("in time").expect("no reset") > 0, "the stream ended");
+    }
+}
+
+fn number_of(request: &str) -> usize {
+    let (_, rest) = request.split_once("leaves-").expect("the request's id");
+    let digits = rest.split(|other: char| !other.is_ascii_digit()).next();
+    digits.and_then(|digits| digits.parse().ok()).expect("a number")
 }
 
 /// The request with a team, an id of its own, and the connection's end behind it.

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::dev;
 use crate::stage;
@@ -50,7 +50,9 @@ impl Compiler {
         if has_all(&installed_targets()) {
             return Ok(Compiler::Usual);
         }
-        Ok(Compiler::WithSources(Toolchain::find()?))
+        let toolchain = Toolchain::find()
+            .with_context(|| format!("`rustup target add {}` would do as well", TARGETS.join(" ")))?;
+        Ok(Compiler::WithSources(toolchain))
     }
 
     fn cargo(self, root: &Path) -> Command {

@@ -69,6 +69,14 @@ pub fn cargo(root: &Path) -> Command {
     command
 }
 
+/// The command that builds the gateway's programs as the tests have them: for an integration test, Cargo builds all programs of its package. `cargo
+/// build` would build them, the library and much below it once more, since tests turn on features of dependencies.
+pub fn build_programs(root: &Path) -> Command {
+    let mut command = cargo(root);
+    command.args(["test", "--workspace", "--locked", "--no-run", "--test", "program"]);
+    command
+}
+
 fn tells_of_a_package(variable: &str) -> bool {
     ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"]
         .iter()

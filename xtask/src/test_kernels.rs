@@ -64,7 +64,7 @@ pub fn run(root: &Path) -> Result<()> {
 /// # Errors
 /// As above.
 pub fn on(kernels: &[Kernel], root: &Path) -> Result<()> {
-    stage::run(stage::cargo(root).args(["build", "--locked", "--package", "gateway-user", "--bins"]))?;
+    stage::run(&mut stage::build_programs(root))?;
     let built = dev::target_directory()?.join("debug");
     let scratch = Scratch::new("test-kernels")?;
     for trial in &TRIALS {

@@ -30,6 +30,9 @@ const EMPTY_WHEN_WELL: [(&str, Fault); 2] = [
 /// Panels that only the kernel probe fills.
 const OF_THE_PROBE: [&str; 2] = ["Whose exchanges the tap saw", "What the tap missed"];
 
+/// `tap.ring_bytes` of the repository's configuration: what the kernel holds of packets that nobody has read.
+const RING_BYTES: usize = 16 << 20;
+
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
     /// Requests that vLLM refuses: nobody serves their model.
@@ -95,6 +98,21 @@ impl Site {
         let mut fields = vec![("Content-Type", "application/json")];
         fields.extend(team.map(|team| ("X-Team-ID", team)));
         ask(port, "POST", "/v1/completions", &fields, &body).0
+    }
+
+    /// Has much embedded, past the gateway. How long the answer is, in bytes.
+    fn embed_much(&self) -> usize {
+        let body = serde_json::json!({"model": "sim-embed", "input": vec!["Hello"; 512]});
+        let fields = [("Content-Type", "application/json")];
+        let (status, answer) = ask(
+            self.base + 1,
+            "POST",
+            "/v1/embeddings",
+            &fields,
+            &body.to_string(),
+        );
+        assert_eq!(status, 200, "{answer}");
+        answer.len()
     }
 
     fn cause(&self, fault: Fault) {
@@ -372,6 +390,7 @@ fn every_panel_shows_what_it_is_for() {
         );
     }
     the_bill_is_proven(&site, &history);
+    the_last_hour_is_told_alike(&site);
     a_stopped_upstream_shows(&site, &system, &live);
     choices_are_those_that_there_are(&site, &dashboards);
     site.chosen = true;
@@ -382,7 +401,11 @@ fn every_panel_shows_what_it_is_for() {
             "{title} shows nothing of what was chosen"
         );
     }
+    what_is_limited_shows(&site, &live);
     metrics_that_are_asked_for_exist(&site, &live);
+    if has_probe {
+        what_the_probe_loses_shows(&site, &system, &live);
+    }
 
     kill_process(system.pid(), Signal::TERM).expect("it runs");
     let (code, said) = system.ended();
@@ -409,6 +432,45 @@ fn the_bill_is_proven(site: &Site, history: &Value) {
     wait("each window's lines sum to its bill", sum_up, || {});
 }
 
+/// The console, the metrics and ClickHouse speak of the same hour. It goes on while they are asked, so that they may be asked again.
+fn the_last_hour_is_told_alike(site: &Site) {
+    let lines = [
+        ("teams", "teams_nano_usd"),
+        ("__idle__", "idle_nano_usd"),
+        ("__unattributed__", "unattributed_nano_usd"),
+        ("__loading__", "loading_nano_usd"),
+        ("__down__", "down_nano_usd"),
+        ("__scaled_to_zero__", "scaled_to_zero_nano_usd"),
+    ];
+    let is_told_alike = || {
+        let page = site.metrics_page();
+        let (status, console) = ask(site.base + 1464, "GET", "/api/reconciliation", &[], "");
+        assert_eq!(status, 200, "{console}");
+        let console: Value = serde_json::from_str(&console).expect("JSON");
+        let rows: Vec<_> = list(&console, "/reconciliation/costs").collect();
+        let is_alike = rows.iter().all(|row| {
+            let amount = |key: &str| row[key].as_u64().unwrap_or_else(|| panic!("no {key} in {row}"));
+            let of_console: u64 = lines.iter().map(|(_, key)| amount(key)).sum();
+            let upstream = string(row, "/upstream");
+            let in_metrics = lines.iter().all(|(line, key)| {
+                let name = format!("gateway_ledger_cost_usd{{line=\"{line}\",upstream=\"{upstream}\"}} ");
+                let sample = page.lines().find_map(|text| text.strip_prefix(&name));
+                sample.and_then(|value| value.parse::<f64>().ok()) == Some(amount(key) as f64 / 1e9)
+            });
+            let sql = format!(
+                "SELECT toString(sum(bill_nano_usd)) AS bill FROM ledger_windows FINAL WHERE upstream = '{upstream}' \
+                 AND window_start >= toDateTime({}, 'UTC') AND window_start < toDateTime({}, 'UTC')",
+                amount("from_us") / 1_000_000,
+                amount("to_us") / 1_000_000
+            );
+            let bill = &site.clickhouse(&sql)["data"][0]["bill"];
+            in_metrics && of_console > 0 && *bill == of_console.to_string()
+        });
+        rows.len() == 2 && is_alike
+    };
+    wait("the last hour is told alike", is_told_alike, || {});
+}
+
 /// An upstream that hangs is down for the gateway, and on its way to an alert.
 fn a_stopped_upstream_shows(site: &Site, system: &System, live: &Value) {
     let down = filled(
@@ -431,6 +493,58 @@ fn a_stopped_upstream_shows(site: &Site, system: &System, live: &Value) {
     );
     kill_process(upstream, Signal::CONT).expect("it is only stopped");
     wait("the upstream is up", || last(&down) == Some(0.0), || {});
+}
+
+/// A team that sends more than it may is refused, and seen to be.
+fn what_is_limited_shows(site: &Site, live: &Value) {
+    let panel = query(&titled(&[live], "Limited requests")["targets"][0]);
+    let limited = |team: &str| {
+        let chosen = [("team", team.to_owned()), ("interval", "30s".to_owned())].into();
+        let series = site.range(&filled(panel, &chosen));
+        series.iter().any(|(metric, rates)| {
+            let is_refusal = metric["limit"] == "requests_per_minute" && metric["action"] == "refused";
+            is_refusal && rates.iter().any(|rate| *rate > 0.0)
+        })
+    };
+    assert!(!limited(".*"), "nobody is limited yet");
+    let mut refused = 0;
+    wait(
+        "what is refused shows",
+        || limited("tight"),
+        || refused += u32::from(site.send(site.base + 80, Some("tight"), "sim-llm") == 429),
+    );
+    assert!(refused > 0, "its limit stood in the way");
+    assert!(!limited("team-.*"), "one team's limit is not another's");
+    let page = site.metrics_page();
+    assert!(
+        page.contains("\ngateway_budget_usd{period=\"day\",team=\"team-1\"} 1\n"),
+        "{page}"
+    );
+}
+
+/// A gateway that reads nothing for a while: the ring fills, and what does not fit into it is lost, in the kernel and for real.
+fn what_the_probe_loses_shows(site: &Site, system: &System, live: &Value) {
+    let lost = filled(
+        query(&titled(&[live], "What the tap missed")["targets"][0]),
+        &site.values(false),
+    );
+    let is_lost = || {
+        let series = site.range(&lost);
+        let ring = series
+            .iter()
+            .find(|(metric, _)| metric["cause"] == "ring_full")
+            .unwrap_or_else(|| panic!("no series of ring_full: {series:?}"));
+        ring.1.iter().any(|rate| *rate > 0.0)
+    };
+    assert!(!is_lost(), "nothing is lost while the gateway reads");
+    let gateway = Pid::from_raw(system.pids["gateway"]).expect("a process id");
+    kill_process(gateway, Signal::STOP).expect("it runs");
+    let mut sent_bytes = 0;
+    while sent_bytes < 2 * RING_BYTES {
+        sent_bytes += site.embed_much();
+    }
+    kill_process(gateway, Signal::CONT).expect("it is only stopped");
+    wait("what was lost shows", is_lost, || {});
 }
 
 /// What the variables offer.

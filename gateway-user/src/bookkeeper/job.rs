@@ -214,6 +214,10 @@ impl Bookkeeper {
                 }
                 None => account.cycle(&desk, now, &closed, &self.stats).await?,
             };
+            // The last hour moves slowly: a whole cycle is often enough, but for one that is not known yet.
+            if depth == Depth::Cycle || !self.stats.knows_hour(&account.upstream.name) {
+                account.tell_last_hour(&self.store, now, &self.stats).await?;
+            }
             written += outcome.changed();
             short += outcome.short;
             for (theirs, ours) in outcome.other_rules {
@@ -333,6 +337,19 @@ impl Account {
         self.unseen = Some(Micros(seen_at.0.saturating_sub(OVERLAP_US)));
         self.last_cycle = Some(now);
         Ok(outcome)
+    }
+
+    async fn tell_last_hour(
+        &self,
+        store: &LedgerStore,
+        now: Micros,
+        stats: &LedgerStats,
+    ) -> Result<(), LedgerError> {
+        if let Some(opened) = self.opened {
+            let name = &*self.upstream.name;
+            stats.hour_was(name, store.last_hour(name, opened, now).await?);
+        }
+        Ok(())
     }
 
     /// Whether holes can be there that are not known of: also when the clock has made a step, or nobody was awake.

@@ -1,8 +1,9 @@
 //! What the bookkeeper counts, for metrics.
 
-use crate::ledger::{Micros, State};
+use crate::ledger::{HourCost, Micros, State};
 use crate::store::WaitCause;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Counts of one bookkeeper.
 #[derive(Debug, Default)]
@@ -13,13 +14,20 @@ pub struct LedgerStats {
     cycle_us: AtomicU64,
     /// The end of the newest booked window of each upstream, microseconds since 1970; 0 while there is none.
     booked_until: Vec<(Box<str>, AtomicU64)>,
+    /// The last hour of each upstream, where it was known at the last look.
+    hours: Vec<(Box<str>, Mutex<Option<HourCost>>)>,
 }
 
 impl LedgerStats {
     /// For these upstreams.
     pub(super) fn of<'a>(upstreams: impl Iterator<Item = &'a str>) -> LedgerStats {
+        let names: Vec<Box<str>> = upstreams.map(Into::into).collect();
         LedgerStats {
-            booked_until: upstreams.map(|name| (name.into(), AtomicU64::new(0))).collect(),
+            hours: names
+                .iter()
+                .map(|name| (name.clone(), Mutex::default()))
+                .collect(),
+            booked_until: names.into_iter().map(|name| (name, AtomicU64::new(0))).collect(),
             ..LedgerStats::default()
         }
     }
@@ -53,6 +61,14 @@ impl LedgerStats {
         until.filter(|(_, until)| until.0 > 0)
     }
 
+    /// What the last hour cost at each upstream; `None` where that is not known, or was not told for so long that it was another hour.
+    pub fn last_hours(&self, now: Micros) -> impl Iterator<Item = (&str, Option<HourCost>)> {
+        self.hours.iter().map(move |(name, hour)| {
+            let hour = *hour.lock().unwrap_or_else(PoisonError::into_inner);
+            (&**name, hour.filter(|hour| hour.is_of(now)))
+        })
+    }
+
     pub(super) fn wrote(&self, state: State, windows: u64) {
         self.written[place(state)].fetch_add(windows, Ordering::Relaxed);
     }
@@ -72,6 +88,17 @@ impl LedgerStats {
     pub(super) fn booked(&self, upstream: &str, until: Micros) {
         for (_, booked) in self.booked_until.iter().filter(|(name, _)| &**name == upstream) {
             booked.fetch_max(until.0, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn knows_hour(&self, upstream: &str) -> bool {
+        let mut of_upstream = self.hours.iter().filter(|(name, _)| &**name == upstream);
+        of_upstream.any(|(_, hour)| hour.lock().unwrap_or_else(PoisonError::into_inner).is_some())
+    }
+
+    pub(super) fn hour_was(&self, upstream: &str, cost: Option<HourCost>) {
+        for (_, hour) in self.hours.iter().filter(|(name, _)| &**name == upstream) {
+            *hour.lock().unwrap_or_else(PoisonError::into_inner) = cost;
         }
     }
 }

@@ -9,6 +9,7 @@
 //! * [`reconcile`] holds what engines counted against what requests are known to have used, and says what a gap may come from.
 //! * [`observers`], [`gap`] and [`inputs`] say what is known of each window, out of several gateways' scrapes and all segments.
 //! * [`head`] decides when a window's statement is made anew, and [`due`] holds the spans of windows that are looked at.
+//! * [`hour`] is what the last hour of an upstream cost, by what it was for.
 //! * [`rates`] is the other amount: what a request is charged by its tokens alone.
 //!
 //! Promises: the rows of a window sum to the window's bill to the nano-USD, and the bills of adjoining windows to the bill of the span
@@ -23,6 +24,7 @@ pub mod engine;
 pub mod facts;
 pub mod gap;
 pub mod head;
+pub mod hour;
 pub mod inputs;
 pub mod method;
 pub mod money;
@@ -41,6 +43,7 @@ pub use engine::{Scrape, Totals, settle, view};
 pub use facts::{Account, Condition, EngineSpan, EngineView, Segment, WindowFacts, Work};
 pub use gap::Difference;
 pub use head::{Clock, Head, Inputs, Recompute, Standing, Tally};
+pub use hour::{HourCost, Line};
 pub use method::{Method, Millionths, Weights};
 pub use money::NanoUsd;
 pub use observers::{Look, Observers};

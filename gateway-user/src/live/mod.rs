@@ -26,6 +26,7 @@ use crate::vllm::{SampleSink, SystemSample};
 use crate::wire::At;
 use crate::wire::exchange::Outcome;
 use engines::Engines;
+use foldhash::quality::RandomState;
 use recent::{Recent, RequestRow};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -40,10 +41,10 @@ pub const TEAM_REQUESTS_MAX: usize = 50;
 /// What a gateway knows of the moment.
 pub struct Live {
     metrics: Metrics,
-    teams: RwLock<HashMap<Box<str>, Arc<Mutex<Team>>>>,
+    teams: RwLock<HashMap<Box<str>, Arc<Mutex<Team>>, RandomState>>,
     recent: Recent,
     /// Of the teams with tokens.
-    recent_of: HashMap<Box<str>, Recent>,
+    recent_of: HashMap<Box<str>, Recent, RandomState>,
     engines: Engines,
 }
 

@@ -30,7 +30,7 @@ pub struct RequestRow {
     pub stream: bool,
     /// Which path saw it.
     pub capture: CapturedBy,
-    /// What the client got; 0 for none.
+    /// The response's; 0 for none.
     pub status_code: u16,
     /// How it ended.
     pub outcome: &'static str,

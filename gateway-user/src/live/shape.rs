@@ -203,6 +203,7 @@ pub struct Reconciliation {
     pub engines: Vec<EngineRow>,
     pub tap: Option<TapRow>,
     pub store: Option<StoreRow>,
+    pub costs: Option<Vec<CostRow>>,
 }
 
 /// An engine's tokens, and those of known requests in the same time: what the metrics of the reconciliation say.
@@ -221,6 +222,24 @@ pub struct EngineRow {
     pub gap_completion_tokens: u64,
     pub gap_exceeded: bool,
     pub likely_causes: Vec<&'static str>,
+}
+
+/// What an upstream's last hour cost, by what it was for: what `gateway_ledger_cost_usd` says.
+#[derive(Clone, Debug, Serialize)]
+#[allow(
+    missing_docs,
+    reason = "docs/API.md has them, and a test that none is missing"
+)]
+pub struct CostRow {
+    pub upstream: String,
+    pub from_us: u64,
+    pub to_us: u64,
+    pub teams_nano_usd: u64,
+    pub idle_nano_usd: u64,
+    pub unattributed_nano_usd: u64,
+    pub loading_nano_usd: u64,
+    pub down_nano_usd: u64,
+    pub scaled_to_zero_nano_usd: u64,
 }
 
 /// What the kernel probe saw.

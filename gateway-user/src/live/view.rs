@@ -4,13 +4,15 @@ use super::allowance::limit_rows;
 use super::engines::EngineState;
 use super::recent::RequestRow;
 use super::shape::{
-    EngineRow, GatewayRow, Head, Reconciliation, ReconciliationPage, Requests, Snapshot, StoreRow, TapRow,
-    TeamRow, Teams, UpstreamList, UpstreamRow, VERSION,
+    CostRow, EngineRow, GatewayRow, Head, Reconciliation, ReconciliationPage, Requests, Snapshot, StoreRow,
+    TapRow, TeamRow, Teams, UpstreamList, UpstreamRow, VERSION,
 };
 use super::window::WINDOW_S;
 use super::{Live, REQUESTS_MAX, Team};
+use crate::bookkeeper::LedgerStats;
 use crate::clock;
 use crate::identity::{TeamId, WithoutTeam};
+use crate::ledger::{Line, Micros};
 use crate::limits::Now;
 use crate::proxy::Shared;
 use crate::proxy::upstream::Upstream;
@@ -57,6 +59,7 @@ pub struct View {
     /// Weak: the tap has sinks, and they have what this shows.
     tap: Option<Weak<Agent>>,
     store: OnceLock<StoreCounts>,
+    ledger: OnceLock<Arc<LedgerStats>>,
     busy: Vec<Mutex<Busy>>,
     started: At,
 }
@@ -83,6 +86,7 @@ impl View {
             clients,
             tap,
             store: OnceLock::new(),
+            ledger: OnceLock::new(),
             busy,
             started: clock::now(),
         }
@@ -91,6 +95,11 @@ impl View {
     /// Shows a store's numbers too; a second store is not shown.
     pub fn show_store(&self, counts: StoreCounts) {
         drop(self.store.set(counts));
+    }
+
+    /// Shows a bookkeeper's numbers too; a second one is not shown.
+    pub fn show_ledger(&self, stats: Arc<LedgerStats>) {
+        drop(self.ledger.set(stats));
     }
 
     /// Looks at the upstreams, over and over, until the task is ended.
@@ -288,6 +297,7 @@ impl View {
             engines: engines.collect(),
             tap: self.tap.as_ref().and_then(Weak::upgrade).map(|tap| tap_row(&tap)),
             store: self.store.get().map(store_row),
+            costs: self.ledger.get().map(|stats| cost_rows(stats)),
         }
     }
 }
@@ -425,6 +435,27 @@ fn tap_row(tap: &Agent) -> TapRow {
         forged_ids: read(&counts.correlated.forged),
         lost_records: counts.probe.lost(),
     }
+}
+
+/// Upstreams whose last hour is known.
+fn cost_rows(stats: &LedgerStats) -> Vec<CostRow> {
+    let now = Micros(u64::try_from(clock::wall_now_us()).unwrap_or(0));
+    let known = stats
+        .last_hours(now)
+        .filter_map(|(upstream, hour)| Some((upstream, hour?)));
+    known
+        .map(|(upstream, hour)| CostRow {
+            upstream: upstream.to_owned(),
+            from_us: hour.span.from().0,
+            to_us: hour.span.to().0,
+            teams_nano_usd: hour.cost(Line::Teams).0,
+            idle_nano_usd: hour.cost(Line::Idle).0,
+            unattributed_nano_usd: hour.cost(Line::Unattributed).0,
+            loading_nano_usd: hour.cost(Line::Loading).0,
+            down_nano_usd: hour.cost(Line::Down).0,
+            scaled_to_zero_nano_usd: hour.cost(Line::ScaledToZero).0,
+        })
+        .collect()
 }
 
 /// Requests and their segments together.

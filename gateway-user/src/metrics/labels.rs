@@ -1,6 +1,7 @@
 //! Labels: what each says, and what bounds its values. Teams and models come from clients, and every new value costs memory here and in
 //! Prometheus for ever.
 
+use foldhash::quality::RandomState;
 use std::collections::HashSet;
 use std::sync::{PoisonError, RwLock};
 
@@ -57,7 +58,7 @@ pub(super) const UNKNOWN: &str = "__unknown__";
 
 /// The values of one label, up to a limit. A value once admitted stays.
 pub(super) struct Admitted {
-    names: RwLock<HashSet<Box<str>>>,
+    names: RwLock<HashSet<Box<str>, RandomState>>,
     limit: usize,
 }
 

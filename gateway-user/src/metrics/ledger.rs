@@ -1,9 +1,9 @@
-//! What the bookkeeper shows: windows written, how far the books are, and what went wrong.
+//! What the bookkeeper shows: windows written, how far the books are, what the last hour cost, and what went wrong.
 
 use super::store::raise;
 use crate::bookkeeper::LedgerStats;
 use crate::clock;
-use crate::ledger::State;
+use crate::ledger::{Line, Micros, State};
 use crate::store::WaitCause;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
@@ -18,6 +18,7 @@ pub(super) struct LedgerFamilies {
     lag: GaugeVec,
     failures: IntCounterVec,
     late: IntCounter,
+    cost: GaugeVec,
 }
 
 impl LedgerFamilies {
@@ -30,11 +31,19 @@ impl LedgerFamilies {
             lag: GaugeVec::new(Opts::new("gateway_ledger_lag_seconds", "Time since the end of the newest window that is booked."), &["upstream"])?,
             failures: IntCounterVec::new(Opts::new("gateway_ledger_failures_total", "Cycles of the ledger that failed and are made again, by cause."), &["cause"])?,
             late: IntCounter::new("gateway_ledger_late_segments_total", "Segments that came for a month that was closed, and are in no bill.")?,
+            cost: GaugeVec::new(Opts::new("gateway_ledger_cost_usd", "What the last hour of booked windows cost, or all of them while the upstream is younger, by what it was for; idle time whoever pays for it. The same in each gateway."), &["upstream", "line"])?,
         })
     }
 
-    fn all(&self) -> [&dyn Collector; 5] {
-        [&self.windows, &self.cycle, &self.lag, &self.failures, &self.late]
+    fn all(&self) -> [&dyn Collector; 6] {
+        [
+            &self.windows,
+            &self.cycle,
+            &self.lag,
+            &self.failures,
+            &self.late,
+            &self.cost,
+        ]
     }
 
     fn read(&self) {
@@ -52,6 +61,20 @@ impl LedgerFamilies {
         for (upstream, until) in self.stats.booked_until() {
             let lag_us = now_us.saturating_sub_unsigned(until.0).max(0);
             self.lag.with_label_values(&[upstream]).set(lag_us as f64 / 1e6);
+        }
+        let now = Micros(u64::try_from(now_us).unwrap_or(0));
+        for (upstream, hour) in self.stats.last_hours(now) {
+            for line in Line::ALL {
+                let labels = [upstream, line.name()];
+                match hour {
+                    Some(hour) => self
+                        .cost
+                        .with_label_values(&labels)
+                        .set(hour.cost(line).0 as f64 / 1e9),
+                    // That there was none to remove is as it should be.
+                    None => drop(self.cost.remove_label_values(&labels)),
+                }
+            }
         }
     }
 }

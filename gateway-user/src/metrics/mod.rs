@@ -6,7 +6,8 @@
 //! Promises: labels are bounded ([`Limits`]), and past a bound a value is booked under `__other__`, never lost, so that sums stay
 //! right. Token counters only hold what may be billed. What is unknown adds nothing. Base units are seconds and bytes.
 //!
-//! Left out: allocated cost and per-user figures (those are computed from stored rows), and anything that must survive a restart. The charge of a
+//! Left out: allocated cost by team and per-user figures (those are computed from stored rows; of the ledger's only the last hour of each upstream is told, by
+//! what it was for), and anything that must survive a restart. The charge of a
 //! request is known when it ends and is counted here, to be watched; a bill is summed from rows.
 
 mod catalogue;

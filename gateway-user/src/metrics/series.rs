@@ -10,6 +10,7 @@ use crate::event::RequestEvent;
 use crate::ledger::NanoUsd;
 use crate::wire::endpoint::{Endpoint, Purpose};
 use crate::wire::exchange::{Outcome, UsageSource};
+use foldhash::quality::RandomState;
 use prometheus::{Counter, Histogram, HistogramVec, IntCounter, IntCounterVec};
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
@@ -21,11 +22,11 @@ pub(super) struct SeriesCache {
 }
 
 /// By model, then endpoint. The inner list has few entries, and a scan of those beats a hash.
-type OfTeam = HashMap<Box<str>, Vec<Arc<Series>>>;
+type OfTeam = HashMap<Box<str>, Vec<Arc<Series>>, RandomState>;
 
 #[derive(Default)]
 struct Known {
-    by_team: HashMap<Box<str>, OfTeam>,
+    by_team: HashMap<Box<str>, OfTeam, RandomState>,
     count: usize,
 }
 
@@ -123,7 +124,7 @@ impl Ended {
 
 impl Series {
     fn new(families: &Families, team: &str, model: &str, endpoint: &'static str) -> Series {
-        let purpose = Endpoint::classify(endpoint).purpose();
+        let purpose = Endpoint::of_name(endpoint).purpose();
         Series {
             team: team.into(),
             model: model.into(),

@@ -20,6 +20,9 @@ use crate::wire::exchange::Ending;
 use crate::wire::head::{Framing, RequestHead};
 use std::sync::Arc;
 
+/// Longest body that is read of a request that a limit refuses: most prompts are shorter, and a connection is not worth more.
+const REFUSED_BODY_MAX: u64 = 64 * 1024;
+
 /// What becomes of the client's connection after a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
@@ -93,7 +96,13 @@ struct Forward<'a> {
 
 impl Forward<'_> {
     async fn run(&mut self) -> Result<Next, Stop> {
-        self.admit()?;
+        if let Err(refusal) = self.admit() {
+            if matches!(refusal, Refusal::Limited(_)) && self.has_small_body() {
+                // Whoever is told to come again should find his connection open: what is left unread would end it.
+                self.receive().await?;
+            }
+            return Err(refusal.into());
+        }
         let body = self.receive().await?;
         let received = clock::now();
         let model = self
@@ -151,6 +160,12 @@ impl Forward<'_> {
             self.recording.admitted(permit.map_err(Refusal::Limited)?);
         }
         Ok(())
+    }
+
+    /// Whether the body is on its way anyway, and cheap to read.
+    fn has_small_body(&self) -> bool {
+        let is_small = matches!(self.head.framing(), Framing::Length(bytes) if bytes <= REFUSED_BODY_MAX);
+        is_small && !self.head.expects_continue()
     }
 
     async fn receive(&mut self) -> Result<Body, Stop> {

@@ -184,13 +184,6 @@ impl Recording {
         self.end(refusal.ending());
     }
 
-    /// Takes note that the client left before it was sent a status; what the upstream still answers is booked all the same.
-    pub fn unanswered(&mut self) {
-        if let Some(live) = &mut self.live {
-            live.context.status = Some(0);
-        }
-    }
-
     /// Ends it with an error that cut the response short.
     pub fn broke(&mut self, ending: Ending, reason: &'static str) {
         if let Some(live) = &mut self.live {

@@ -16,7 +16,8 @@ use crate::wire::head::{Framing, ResponseHead};
 use std::io;
 use std::pin::pin;
 use tokio::io::AsyncWriteExt;
-use tokio::net::tcp::ReadHalf;
+use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::time::{Instant, sleep_until, timeout};
 
 /// A response whose head is there.
@@ -128,7 +129,6 @@ async fn stream(
     if let Err(Gone) = writer.send(&out).await {
         return Err(abandon(worker, &mut upstream, &mut upstream_writer, relay, recording).await);
     }
-    let mut said_end = has_said_end(recording);
     out = Vec::new();
     let mut last = Instant::now();
     let mut silence = pin!(sleep_until(last + limits.stream_idle_timeout));
@@ -148,7 +148,8 @@ async fn stream(
                     Ok(progress) => progress,
                     Err(error) => {
                         relay.release(&mut out);
-                        writer.send(&out).await?;
+                        // It was broken before, whether or not the client is still there.
+                        let _ = writer.send(&out).await;
                         return Err(bad_framing(error));
                     }
                 };
@@ -164,12 +165,8 @@ async fn stream(
                     return Ok(progress.consumed < bytes.len());
                 }
                 if let Err(Gone) = writer.send(ready).await {
-                    if said_end {
-                        recording.end(Ending::Complete);
-                    }
                     return Err(abandon(worker, &mut upstream, &mut upstream_writer, relay, recording).await);
                 }
-                said_end = has_said_end(recording);
                 recording.passed(now);
                 out.shrink_to(KEPT_BYTES);
             }
@@ -182,13 +179,10 @@ async fn stream(
                     writer.send(&out).await?;
                     return Ok(true);
                 }
-                writer.send(&out).await?;
-                return Err(Stop::Broken(Ending::UpstreamClosed, "upstream_closed"));
+                let _ = writer.send(&out).await;
+                return Err(closed_by_upstream());
             }
             Event::Gone => {
-                if said_end {
-                    recording.end(Ending::Complete);
-                }
                 return Err(abandon(worker, &mut upstream, &mut upstream_writer, relay, recording).await);
             }
             Event::Silent if last.elapsed() >= limits.stream_idle_timeout => {
@@ -199,13 +193,6 @@ async fn stream(
     }
 }
 
-/// Whether the stream has said its end by what went to the client so far: who leaves behind that has not broken off.
-fn has_said_end(recording: &mut Recording) -> bool {
-    recording
-        .exchange()
-        .is_some_and(|exchange| exchange.has_said_end())
-}
-
 /// Capacity of the output buffer that an idle stream keeps.
 const KEPT_BYTES: usize = 1024;
 
@@ -214,82 +201,159 @@ fn bad_framing(error: crate::wire::body::BodyError) -> Stop {
     Stop::Broken(Ending::UpstreamClosed, "upstream_bad_framing")
 }
 
-/// The client has gone: tells the upstream at once, so that it stops, and learns from its last bytes what the request had used.
+fn closed_by_upstream() -> Stop {
+    Stop::Broken(Ending::UpstreamClosed, "upstream_closed")
+}
+
+/// The client has gone: tells the upstream at once, so that it stops, and learns from its last bytes what the request had used, and whether all of the
+/// response came.
 async fn abandon(
     worker: &Worker,
     upstream: &mut ReadHalf<'_>,
-    upstream_writer: &mut tokio::net::tcp::WriteHalf<'_>,
+    upstream_writer: &mut WriteHalf<'_>,
     relay: &mut Relay,
     recording: &mut Recording,
 ) -> Stop {
-    let mut ended = clock::now();
-    if upstream_writer.shutdown().await.is_ok() {
-        let mut unsent = Vec::new();
-        let drain = async {
-            while let Ok(bytes) = worker.buffers.read(upstream).await {
-                if bytes.is_empty() {
-                    break;
-                }
-                ended = clock::now();
-                unsent.clear();
-                match relay.feed(&bytes, ended, recording.exchange(), &mut unsent) {
-                    Ok(progress) if !progress.done => {}
-                    _ => break,
-                }
-            }
-        };
-        let _ = timeout(worker.shared.config.proxy.abort_drain, drain).await;
-    }
-    recording.end_at(ended, Ending::ClientGone);
-    Stop::Gone
+    let mut unsent = Vec::new();
+    let read = read_rest(worker, upstream, upstream_writer, |bytes, at| {
+        unsent.clear();
+        match bytes {
+            [] => relay.closed(&mut unsent).then_some(Rest::Whole),
+            _ => match relay.feed(bytes, at, recording.exchange(), &mut unsent) {
+                Ok(progress) => progress.done.then_some(Rest::Whole),
+                Err(_) => Some(Rest::Unreadable),
+            },
+        }
+    });
+    let ended = read.await;
+    end_without_client(ended, recording)
 }
 
-/// As when a client leaves in mid-response, for a response whose head is not there yet. Tells when the last byte came.
+/// As when a client leaves in mid-response, for a response whose head is not there yet.
 pub async fn read_out(
     worker: &Worker,
     connection: &mut UpstreamConnection,
     method: &str,
     mut early: Vec<u8>,
     recording: &mut Recording,
-) -> At {
-    let mut ended = clock::now();
+) -> Stop {
     let (mut upstream, mut writer) = connection.stream.split();
-    if writer.shutdown().await.is_err() {
-        return ended;
-    }
     let max_head = worker.shared.config.proxy.max_head.as_len();
+    let mut relay: Option<Relay> = None;
+    let mut unsent = Vec::new();
+    let read = read_rest(worker, &mut upstream, &mut writer, |bytes, at| {
+        if bytes.is_empty() {
+            let is_whole = relay.as_mut().is_some_and(|relay| relay.closed(&mut unsent));
+            return is_whole.then_some(Rest::Whole);
+        }
+        early.extend_from_slice(bytes);
+        while relay.is_none() {
+            let Ok(parsed) = ResponseHead::parse(&early, max_head, method) else {
+                return Some(Rest::Unreadable);
+            };
+            let (head, len) = parsed?;
+            early.drain(..len);
+            if head.is_interim() {
+                continue;
+            }
+            if let Some(exchange) = recording.exchange() {
+                exchange.response_head(at, &head);
+            }
+            relay = Some(Relay::new(head.framing(), Delivered::AsFramed, Edit::None));
+        }
+        match relay
+            .as_mut()?
+            .feed(&early, at, recording.exchange(), &mut unsent)
+        {
+            Ok(progress) => {
+                early.clear();
+                progress.done.then_some(Rest::Whole)
+            }
+            Err(_) => Some(Rest::Unreadable),
+        }
+    });
+    let ended = read.await;
+    end_without_client(ended, recording)
+}
+
+/// Why no more is read of a response whose client has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    Whole,
+    /// Its framing is broken.
+    Unreadable,
+}
+
+/// What became of such a response.
+struct Ended {
+    /// When the last byte came; when the client left, if none did.
+    at: At,
+    is_whole: bool,
+    /// The upstream had ended its bytes before it was told of the client.
+    by_upstream: bool,
+}
+
+/// Tells the upstream that the client has left, and shows `take` what it still sends, until that is over or `proxy.abort_drain` is. Its end is shown as
+/// no bytes, if it is its own; one that follows the client's says nothing of the response.
+async fn read_rest(
+    worker: &Worker,
+    upstream: &mut ReadHalf<'_>,
+    writer: &mut WriteHalf<'_>,
+    mut take: impl FnMut(&[u8], At) -> Option<Rest>,
+) -> Ended {
+    let mut ended = Ended {
+        at: clock::now(),
+        is_whole: false,
+        by_upstream: has_ended(upstream.as_ref()),
+    };
+    // An upstream that cannot be told any more has broken off, and what came before that is still there.
+    let _ = writer.shutdown().await;
     let drain = async {
-        let mut relay: Option<Relay> = None;
-        let mut unsent = Vec::new();
-        while let Ok(bytes) = worker.buffers.read(&mut upstream).await {
-            if bytes.is_empty() {
+        while let Ok(bytes) = worker.buffers.read(upstream).await {
+            let is_over = bytes.is_empty();
+            if is_over && !ended.by_upstream {
                 break;
             }
-            ended = clock::now();
-            early.extend_from_slice(&bytes);
-            if relay.is_none() {
-                let Ok(parsed) = ResponseHead::parse(&early, max_head, method) else {
-                    break;
-                };
-                let Some((head, len)) = parsed else { continue };
-                early.drain(..len);
-                if head.is_interim() {
-                    continue;
-                }
-                if let Some(exchange) = recording.exchange() {
-                    exchange.response_head(ended, &head);
-                }
-                relay = Some(Relay::new(head.framing(), Delivered::AsFramed, Edit::None));
+            if !is_over {
+                ended.at = clock::now();
             }
-            let Some(relay) = &mut relay else { continue };
-            match relay.feed(&early, ended, recording.exchange(), &mut unsent) {
-                Ok(progress) if !progress.done => early.clear(),
-                _ => break,
+            let rest = take(&bytes, ended.at);
+            ended.is_whole = rest == Some(Rest::Whole);
+            if is_over || rest.is_some() {
+                break;
             }
         }
     };
     let _ = timeout(worker.shared.config.proxy.abort_drain, drain).await;
     ended
+}
+
+/// Whether the other side has ended its bytes, read or not. The kernel tells the tap of the same order.
+#[cfg(target_os = "linux")]
+fn has_ended(socket: &TcpStream) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut polled = [PollFd::new(socket, PollFlags::RDHUP)];
+    let at_once = Timespec::default();
+    poll(&mut polled, Some(&at_once)).is_ok_and(|found| found > 0)
+}
+
+/// Elsewhere there is no tap, whose view could differ.
+#[cfg(not(target_os = "linux"))]
+fn has_ended(_: &TcpStream) -> bool {
+    false
+}
+
+/// Books a response whose client left: see [`Outcome`](crate::wire::exchange::Outcome).
+fn end_without_client(ended: Ended, recording: &mut Recording) -> Stop {
+    if ended.is_whole {
+        recording.end_at(ended.at, Ending::Complete);
+    } else if ended.by_upstream {
+        return closed_by_upstream();
+    } else if let Some(exchange) = recording.exchange() {
+        let ending = exchange.ending_without_client();
+        recording.end_at(ended.at, ending);
+    }
+    Stop::Gone
 }
 
 /// Passes both directions on as they are: the connection has left HTTP.

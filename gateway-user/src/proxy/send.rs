@@ -10,7 +10,6 @@ use super::rewrite;
 use super::upstream::UpstreamConnection;
 use super::{Stop, Worker};
 use crate::clock;
-use crate::wire::exchange::Ending;
 use crate::wire::head::ResponseHead;
 use std::io;
 use std::io::Write;
@@ -55,12 +54,6 @@ pub enum Failed {
 impl From<Refusal> for Failed {
     fn from(refusal: Refusal) -> Failed {
         Failed::Stop(refusal.into())
-    }
-}
-
-impl From<Gone> for Failed {
-    fn from(gone: Gone) -> Failed {
-        Failed::Stop(gone.into())
     }
 }
 
@@ -131,14 +124,18 @@ pub async fn exchange(
                         .reset(Instant::now() + limits.response_head_timeout);
                 }
                 Event::Sent(Err(Unsent::Upstream)) => sending_done = true,
+                Event::Sent(Err(Unsent::Stop(Stop::Gone))) => break Err(Gone),
                 Event::Sent(Err(Unsent::Stop(stop))) => return Err(Failed::Stop(stop)),
                 Event::Read(Ok(bytes)) if !bytes.is_empty() => {
                     answered = true;
                     early.extend_from_slice(&bytes);
                     let Parsed { interim, head } = parse(&mut early, &request, max_head)?;
-                    client_writer.send(&interim).await?;
+                    let told = client_writer.send(&interim).await;
                     if let Some(head) = head {
                         break Ok(head);
+                    }
+                    if told.is_err() {
+                        break Err(Gone);
                     }
                 }
                 Event::Read(_) if reused && !answered && started.elapsed() < STALE_WITHIN => {
@@ -163,10 +160,8 @@ pub async fn exchange(
             })
         }
         Err(Gone) => {
-            recording.unanswered();
-            let ended = read_out(worker, &mut connection, request.method, early, recording).await;
-            recording.end_at(ended, Ending::ClientGone);
-            Err(Gone.into())
+            let stop = read_out(worker, &mut connection, request.method, early, recording).await;
+            Err(Failed::Stop(stop))
         }
     }
 }

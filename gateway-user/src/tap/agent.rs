@@ -109,7 +109,10 @@ impl Agent {
             keeper: Mutex::new(source.take_keeper()),
             state: Mutex::new(State {
                 source,
-                connections: Connections::new(Limits::default()),
+                connections: Connections::new(Limits {
+                    drain: config.proxy.abort_drain,
+                    ..Limits::default()
+                }),
                 booking: Booking {
                     servers: Servers::of(config),
                     correlator,

@@ -5,9 +5,9 @@
 //! numbers far from its own, are those of a new connection at the same addresses. One that is first seen in its middle is followed from its next request.
 //!
 //! How exchanges end that their framing does not:
-//! * A client that ends its bytes (FIN) has left, as for uvicorn and for the proxy. What the server still sends is read, for its last usage; the
-//!   exchange ends as [`Closer::Client`] says once the server closes too, or stays silent for [`Limits::linger`]. A response
-//!   that comes whole all the same is a whole response.
+//! * A client that ends its bytes (FIN) has left, as for uvicorn and for the proxy. What the server still sends is read, for its last usage, until
+//!   the server closes too or [`Limits::drain`] has passed; then the exchange ends as [`Closer::Client`] says. A response that comes whole until then is
+//!   a whole response: see [`Outcome`](crate::wire::exchange::Outcome).
 //! * A server's FIN ends what runs until it, and cuts off what does not. A reset is its sender's doing.
 //! * One of which nothing more is seen ends unseen.
 //!
@@ -64,8 +64,8 @@ pub struct Limits {
     pub idle: Duration,
     /// How long a connection may be silent while a request waits: an unstreamed answer takes minutes.
     pub silent: Duration,
-    /// How long a server may be silent behind a client that has left.
-    pub linger: Duration,
+    /// How long a response is still read whose client has left: as long as the proxy does (`proxy.abort_drain`), so that both book the same.
+    pub drain: Duration,
     /// What reassembly may hold.
     pub streams: StreamLimits,
     /// What one connection's reader may hold.
@@ -79,8 +79,8 @@ impl Default for Limits {
             connections: 65_536,
             idle: Duration::from_secs(300),
             silent: Duration::from_secs(3_600),
-            // vLLM notices within an engine step; a step over a long prompt can take a second.
-            linger: Duration::from_secs(2),
+            // The default of `proxy.abort_drain`.
+            drain: Duration::from_millis(200),
             streams: StreamLimits::default(),
             wire: connection::Limits::default(),
         }
@@ -123,8 +123,8 @@ impl<T> Followed<T> {
 
     /// Whether time alone can change something.
     fn waits(&self) -> bool {
-        let lingers = self.client_left.is_some() && self.reader.in_flight() > 0;
-        lingers || self.requests.waits() || self.responses.waits()
+        let drains = self.client_left.is_some() && self.reader.in_flight() > 0;
+        drains || self.requests.waits() || self.responses.waits()
     }
 
     fn parts(&mut self, direction: Direction) -> (&mut Stream, &mut Reader<T>) {
@@ -236,14 +236,25 @@ impl<T> Followed<T> {
     fn tick<W: TapWatcher<Tag = T>>(
         &mut self,
         now: At,
-        linger: Duration,
+        drain: Duration,
         pool: &mut Pool,
         telling: &mut Telling<'_, W>,
     ) {
         self.lapse(now, pool, telling);
         self.note_ends(pool, telling);
-        let lingers = self.client_left.is_some() && self.reader.in_flight() > 0;
-        if lingers && is_past(self.last_at, linger, now) {
+        self.drop_client(now, drain, pool, telling);
+    }
+
+    /// Ends what runs of a client that left so long ago that nothing of it counts any more.
+    fn drop_client<W: TapWatcher<Tag = T>>(
+        &mut self,
+        now: At,
+        drain: Duration,
+        pool: &mut Pool,
+        telling: &mut Telling<'_, W>,
+    ) {
+        let is_over = self.client_left.is_some_and(|left| is_past(left, drain, now));
+        if is_over && self.reader.in_flight() > 0 {
             self.close(now, Closer::Client, pool, telling);
         }
     }
@@ -322,8 +333,10 @@ impl<T> Connections<T> {
             self.retire(slot, segment.at, (Retired::Reset, closer), watcher);
             return;
         }
+        let drain = self.limits.drain;
         self.visit(slot, watcher, |followed, pool, telling| {
             followed.last_at = segment.at;
+            followed.drop_client(segment.at, drain, pool, telling);
             followed.push(segment, pool, telling);
         });
     }
@@ -441,9 +454,9 @@ impl<T> Connections<T> {
 
     /// Time has passed. Call it a few times a second, with the time up to which all segments were pushed.
     pub fn tick<W: TapWatcher<Tag = T>>(&mut self, now: At, watcher: &mut W) {
-        let linger = self.limits.linger;
+        let drain = self.limits.drain;
         self.visit_waiting(watcher, |followed, pool, telling| {
-            followed.tick(now, linger, pool, telling);
+            followed.tick(now, drain, pool, telling);
         });
         let mut next = self.table.oldest();
         while let Some(slot) = next {

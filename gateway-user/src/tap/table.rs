@@ -1,5 +1,6 @@
 //! Values by the addresses of a connection, in the order in which they were last used.
 
+use foldhash::quality::RandomState;
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
@@ -11,7 +12,7 @@ pub(super) struct Peers {
     pub(super) server: SocketAddr,
 }
 
-/// In few pieces, where one by one it would be ten: to a hash that cannot be foreseen a piece costs more than its bytes. It is made for each segment.
+/// In few pieces, where one by one it would be ten: to a hash a piece costs more than its bytes. It is made for each segment.
 impl Hash for Peers {
     fn hash<H: Hasher>(&self, state: &mut H) {
         let Peers { client, server } = self;
@@ -43,8 +44,9 @@ struct Slot<V> {
 /// Finds a value by its peers, and the one that was not used for longest, at constant cost each.
 #[derive(Debug)]
 pub(super) struct Table<V> {
-    /// Keyed by a hash that peers cannot foresee (the standard library's).
-    index: HashMap<Peers, u32>,
+    /// By a hash with a seed of this process, which peers do not know. It is weaker than the standard library's against who can study how long a
+    /// look-up takes, which nobody sees of a reader beside the path; and there are at most as many connections as may be followed.
+    index: HashMap<Peers, u32, RandomState>,
     slots: Vec<Slot<V>>,
     free: Vec<u32>,
     oldest: u32,
@@ -54,7 +56,7 @@ pub(super) struct Table<V> {
 impl<V> Table<V> {
     pub(super) fn new() -> Table<V> {
         Table {
-            index: HashMap::new(),
+            index: HashMap::default(),
             slots: Vec::new(),
             free: Vec::new(),
             oldest: NONE,

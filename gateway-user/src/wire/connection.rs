@@ -228,6 +228,9 @@ enum Doubt {
     Missing,
 }
 
+/// Places for exchanges that an idle connection keeps: what a deque takes at least, 32 bytes.
+const IN_FLIGHT_KEPT: usize = 4;
+
 /// Reads one connection.
 #[derive(Debug)]
 pub struct Connection<T> {
@@ -288,18 +291,7 @@ impl<T> Connection<T> {
 
     /// The connection has ended, and with it every exchange that has not.
     pub fn close<W: Watcher<Tag = T>>(&mut self, at: At, closer: Closer, watcher: &mut W) {
-        let ending = match closer {
-            Closer::Client => Ending::ClientGone,
-            Closer::Server => Ending::UpstreamClosed,
-            Closer::Unknown => Ending::Unseen,
-        };
-        let said_end = self
-            .in_flight
-            .front()
-            .is_some_and(|first| first.exchange.has_said_end());
         let ends_here = match &self.responses.reading {
-            // Who has read `[DONE]` need not wait for the framing's end to have all of it.
-            Reading::Body(_) if closer == Closer::Client && said_end => true,
             Reading::Body(body) => body.ends_at_close() && closer == Closer::Server,
             Reading::Upgraded => closer != Closer::Unknown,
             _ => false,
@@ -307,7 +299,12 @@ impl<T> Connection<T> {
         if ends_here {
             self.end_first(at, Ending::Complete, watcher);
         }
-        while !self.in_flight.is_empty() {
+        while let Some(first) = self.in_flight.front() {
+            let ending = match closer {
+                Closer::Client => first.exchange.ending_without_client(),
+                Closer::Server => Ending::UpstreamClosed,
+                Closer::Unknown => Ending::Unseen,
+            };
             self.end_first(at, ending, watcher);
         }
         self.requests.seek();
@@ -537,20 +534,21 @@ impl<T> Connection<T> {
     }
 
     fn end_first<W: Watcher<Tag = T>>(&mut self, at: At, ending: Ending, watcher: &mut W) {
-        let Some(first) = self.in_flight.pop_front() else {
+        let Some(mut first) = self.in_flight.pop_front() else {
             return;
         };
         if self.in_flight.is_empty() {
             self.reads_last = false;
-            // An exchange is large; an idle connection keeps no room for one.
-            self.in_flight = VecDeque::new();
+            // Room for the few pointers that a connection without pipelining needs is kept: it took as long to get and to give back as a head to read.
+            self.in_flight.shrink_to(IN_FLIGHT_KEPT);
         }
         let ending = if first.is_uncertain {
             Ending::Unseen
         } else {
             ending
         };
-        watcher.ended(first.tag, first.exchange.finish(at, ending));
+        let facts = first.exchange.take_facts(at, ending);
+        watcher.ended(first.tag, facts);
     }
 }
 

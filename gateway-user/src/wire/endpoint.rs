@@ -113,6 +113,12 @@ endpoints! {
 }
 
 impl Endpoint {
+    /// The route of that [name](Endpoint::name).
+    pub fn of_name(name: &str) -> Endpoint {
+        // A name is a path that leads to its route, but for `other`, which is none.
+        Endpoint::of_path(name)
+    }
+
     /// The route that a server behind this gateway would take for `path` (no query).
     pub fn classify(path: &str) -> Endpoint {
         match Endpoint::of_path(path) {

@@ -61,6 +61,8 @@ pub struct Exchange {
     findings: Findings,
     counts: Counts,
     has_error: bool,
+    /// A stream has said that nothing more comes: `[DONE]`, or the last event of its kind. The framing's own end comes later, and OpenAI's clients do not
+    /// wait for it: one that leaves now has lost nothing.
     has_said_end: bool,
     ttft_us: Option<u64>,
     /// `None` when the chunk before the next one was not seen, so that the gap between them is unknown.
@@ -241,15 +243,22 @@ impl Exchange {
         self.chunks > 0
     }
 
-    /// Whether a stream has said that nothing more comes: `[DONE]`, or the last event of its kind. The framing's own end comes later, and
-    /// OpenAI's clients do not wait for it: one that leaves now has lost nothing.
-    pub fn has_said_end(&self) -> bool {
-        self.has_said_end
+    /// How it ends when its client has left and no more of the response is read, which by its framing is not whole. See [`Outcome`].
+    pub fn ending_without_client(&self) -> Ending {
+        match self.has_said_end {
+            true => Ending::Complete,
+            false => Ending::ClientGone,
+        }
     }
 
     /// Ends the exchange. `status` of a response that the gateway made itself is told with [`Ending::Refused`] and the like by the
     /// caller, who knows it.
     pub fn finish(mut self, at: At, ending: Ending) -> Facts {
+        self.take_facts(at, ending)
+    }
+
+    /// As [`Exchange::finish`], where it lies: it is large, and to move it takes as long as to read a head. It is of no use afterwards.
+    pub(super) fn take_facts(&mut self, at: At, ending: Ending) -> Facts {
         // A stream of which events are missing is no stream that was seen whole. Of a document only values are, and those are empty.
         let is_stream_damaged = self.has_hole && matches!(self.body, Body::Events(_));
         let (is_complete, is_cut) = (ending == Ending::Complete, ending == Ending::Unseen);
@@ -270,19 +279,19 @@ impl Exchange {
         }
         self.progress();
         let (tokens, usage_source) = self.tokens(is_cut);
-        let asked = self.request.into_asked();
+        let asked = self.request.take_asked();
         Facts {
             started: self.started,
             request_whole: self.request_whole,
             ended: at,
             endpoint: self.endpoint,
-            model: self.findings.model.or_else(|| asked.model.clone()),
+            model: self.findings.model.take().or_else(|| asked.model.clone()),
             asked,
             streamed: self.streamed,
             status: self.status,
             outcome: Outcome::of(ending, self.status, self.has_error),
-            error_type: self.findings.error_type,
-            finish_reason: self.findings.finish_reason,
+            error_type: self.findings.error_type.take(),
+            finish_reason: self.findings.finish_reason.take(),
             tokens,
             usage_source,
             ttft_us: self.ttft_us,
@@ -290,7 +299,7 @@ impl Exchange {
             queue_us: self.findings.queue_us,
             gaps: self.gaps,
             chunks: self.chunks,
-            progress: self.progress,
+            progress: std::mem::take(&mut self.progress),
             last_byte_at: self.last_byte_at,
             request_bytes: self.request_bytes,
             response_bytes: self.response_bytes,

@@ -9,7 +9,7 @@ use super::progress::Progress;
 pub enum Ending {
     /// Request and response ended as their framing says.
     Complete,
-    /// The client went away before the response had ended.
+    /// The client went away, and the response had neither ended nor did so within the time that it is still read for: see [`Outcome::Aborted`].
     ClientGone,
     /// The upstream ended the connection before the response had ended.
     UpstreamClosed,
@@ -24,6 +24,15 @@ pub enum Ending {
 }
 
 /// How the exchange is booked.
+///
+/// What counts of a client that left is what its server made of the request, not what the client took: nobody beside a connection can know how much of
+/// what lies in its buffers is still read, and a server that answered whole has done all the work. So it does not matter whether the last byte
+/// or the client's end came first, which two who watch from two places may see differently. Both capture paths book by this rule:
+///
+/// * [`Completed`](Outcome::Completed) (or an error of the server's) is a response that ended as its framing says, or a stream that said its last word
+///   (`[DONE]`), before its client left or within `proxy.abort_drain` of that.
+/// * [`Aborted`](Outcome::Aborted) is any other whose client left while the server had not ended the connection itself.
+/// * [`Truncated`](Outcome::Truncated) is one that the server broke off before the client left. A body that lasts until the connection ends is whole then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// Answered with success, whole.
@@ -32,7 +41,7 @@ pub enum Outcome {
     ClientError,
     /// Answered with a 5xx by the upstream, or with an error in mid-stream.
     ServerError,
-    /// The client left before the end.
+    /// The client left, and the server's answer did not come whole by `proxy.abort_drain` behind that.
     Aborted,
     /// The upstream broke off in mid-response.
     Truncated,

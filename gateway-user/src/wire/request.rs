@@ -58,8 +58,9 @@ impl RequestReader {
         &self.found.asked
     }
 
-    pub(super) fn into_asked(self) -> Asked {
-        self.found.asked
+    /// Leaves nothing behind.
+    pub(super) fn take_asked(&mut self) -> Asked {
+        std::mem::take(&mut self.found.asked)
     }
 
     /// Whether `n` is known: it was seen, or the whole body was and it is not there.
@@ -180,7 +181,7 @@ mod tests {
 
     #[test]
     fn prompts_are_counted_in_all_their_spellings() {
-        let prompts = |prompt: &str| read(&format!(r#"{{"prompt":{prompt}}}"#)).into_asked().prompts;
+        let prompts = |prompt: &str| read(&format!(r#"{{"prompt":{prompt}}}"#)).asked().prompts;
         assert_eq!(prompts(r#""one""#), 1);
         assert_eq!(prompts(r#"["one"]"#), 1);
         assert_eq!(prompts(r#"["one","two"]"#), 2);

@@ -2,7 +2,8 @@
 //!
 //! Builds the programs, starts them in order, each when the one before is ready, shows what each team got, and takes everything
 //! down again at Ctrl-C, after `--for`, or when a process dies. What stays is a directory in Cargo's target directory: `dev`, or
-//! `dev-<port base>`, with a log for each process, the spool, and Prometheus's data.
+//! `dev-<port base>`, with a log for each process, the spool, Prometheus's data, and the configuration: the repository's, with a budget and limits for each
+//! team that its traffic keeps to, and a team `tight` that is refused after three requests a minute.
 
 pub mod children;
 mod duration;
@@ -161,6 +162,7 @@ fn up(root: &Path, options: &Options, target: &Path, state: &StateDir) -> Result
             Some(_) => Some("proxy"),
             None => options.tap.then_some("proxy+tap"),
         },
+        rate_per_s: options.rate,
     };
     let interrupt = Interrupt::catch()?;
     let mut children = Children::new(state.clone(), interrupt);

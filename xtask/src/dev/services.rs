@@ -1,6 +1,7 @@
 //! What belongs to a running system, in the order in which it is started.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -32,6 +33,12 @@ const GRACE_AFTER_DRAIN: Duration = Duration::from_secs(5);
 /// The longest run that `vllm-load` takes, a year, stands for no end.
 const LOAD_DURATION: &str = "8760h";
 
+/// What each team may take in a minute, of the requests that all of them send: the busiest sends three tenths.
+const SHARE_OF_REQUESTS: f64 = 0.5;
+
+/// Prompt and completion tokens that a request of the load may use. It uses some 150.
+const TOKENS_A_REQUEST: f64 = 300.0;
+
 /// What all services need to know.
 #[derive(Debug)]
 pub struct Plan<'p> {
@@ -45,6 +52,8 @@ pub struct Plan<'p> {
     pub ports: Ports,
     /// Where requests are to be seen, as `capture` in `config.yaml`; else that is up to the gateway.
     pub capture: Option<&'static str>,
+    /// Requests a second of all teams.
+    pub rate_per_s: f64,
 }
 
 impl Plan<'_> {
@@ -100,11 +109,12 @@ impl Plan<'_> {
         services
     }
 
-    /// The gateway, with the repository's configuration.
+    /// The gateway, with the repository's configuration and limits for its teams.
     ///
     /// # Errors
     /// When that configuration cannot be run with.
     pub fn gateway(&self) -> Result<Service> {
+        self.write_gateway_config()?;
         let mut command = self.gateway_command("run");
         // Colours have no place in a log file.
         command.env("NO_COLOR", "1");
@@ -118,13 +128,26 @@ impl Plan<'_> {
         })
     }
 
+    fn gateway_config(&self) -> PathBuf {
+        self.state.join("gateway.yaml")
+    }
+
+    fn write_gateway_config(&self) -> Result<()> {
+        let shipped = self.root.join("config.yaml");
+        let text =
+            fs::read_to_string(&shipped).with_context(|| format!("cannot read {}", shipped.display()))?;
+        let to = self.gateway_config();
+        fs::write(&to, with_limits(&text, self.rate_per_s)?)
+            .with_context(|| format!("cannot write {}", to.display()))
+    }
+
     /// The environment puts it on this system's ports and its spool into the state directory, whatever the file says.
     fn gateway_command(&self, what: &str) -> Command {
         let mut command = self.program("vllm-gateway");
         command
             .arg(what)
             .arg("--config")
-            .arg(self.root.join("config.yaml"))
+            .arg(self.gateway_config())
             .env("GATEWAY_LISTEN_ADDR", format!("0.0.0.0:{}", self.ports.gateway()))
             .env("GATEWAY_ADMIN_ADDR", format!("127.0.0.1:{}", self.ports.admin()))
             .env("VLLM_URL", url(self.ports.llm()))
@@ -268,6 +291,33 @@ fn page(port: u16, path: &'static str) -> Ready {
     }
 }
 
+/// The shipped configuration, which limits nobody, with limits that show something and that the load keeps to; with a budget that the busiest team spends
+/// within some hours and that only observes; and with a team that sends nothing by itself, for trying what being refused is like.
+fn with_limits(config: &str, rate_per_s: f64) -> Result<String> {
+    let requests = (rate_per_s * 60.0 * SHARE_OF_REQUESTS).ceil();
+    let tokens = (requests * TOKENS_A_REQUEST).ceil();
+    let each = format!(
+        "{{requests_per_minute: {requests}, tokens_per_minute: {tokens}, concurrent_requests: 200, budget: {{usd: 1, period: day, at_limit: observe}}}}"
+    );
+    let places = [
+        ("\n  default: {}\n", format!("\n  default: {each}\n")),
+        (
+            "\n  teams: []\n",
+            "\n  teams:\n    - {team: tight, requests_per_minute: 3}\n".to_owned(),
+        ),
+    ];
+    let mut config = config.to_owned();
+    for (shipped, here) in places {
+        ensure!(
+            config.matches(shipped).count() == 1,
+            "expected `{}` once in config.yaml, in `limits`",
+            shipped.trim()
+        );
+        config = config.replace(shipped, &here);
+    }
+    Ok(config)
+}
+
 fn drain_timeout_in(config: &str) -> Result<Duration> {
     let value = config
         .lines()
@@ -291,6 +341,19 @@ mod tests {
     }
 
     #[test]
+    fn the_shipped_configuration_limits_nobody_and_takes_the_limits_of_this_system() {
+        let shipped = include_str!("../../../config.yaml");
+        let text = with_limits(shipped, 15.0).expect("it has the places");
+        let limits: serde_yaml::Value = serde_yaml::from_str(&text).expect("YAML");
+        let limits = &limits["limits"];
+        assert_eq!(limits["default"]["requests_per_minute"], 450);
+        assert_eq!(limits["default"]["tokens_per_minute"], 135_000);
+        assert_eq!(limits["teams"][0]["team"], "tight");
+        let refused = with_limits("limits:\n  default: {}\n", 15.0).expect_err("no teams");
+        assert!(refused.to_string().contains("`teams: []`"), "{refused}");
+    }
+
+    #[test]
     fn the_load_needs_a_request_that_has_ended_and_its_row_where_rows_are_stored() {
         let state = StateDir::of(Path::new("target"), Ports::from_base(8000));
         let plan = Plan {
@@ -299,6 +362,7 @@ mod tests {
             state: &state,
             ports: Ports::from_base(8000),
             capture: None,
+            rate_per_s: 15.0,
         };
         let ended = "# TYPE gateway_requests_total counter\ngateway_requests_total{team=\"a b\"} 1\ngateway_store_rows_total{table=\"request_events\"} 0\n";
         let stored = ended.replace("\"} 0", "\"} 3");

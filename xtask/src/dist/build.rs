@@ -3,7 +3,7 @@
 use std::env::{self, consts};
 use std::fmt;
 use std::fs::{self, Permissions};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -162,8 +162,11 @@ fn with_debian(root: &Path, target: &Target, directory: &Path) -> Result<Command
     Ok(command)
 }
 
-/// What stands between rustc and Debian's musl-gcc, which knows no static program that can lie anywhere in memory, and has no libunwind: gcc's own
-/// unwinder does the same under another name.
+/// What gcc's unwinder asks of glibc, made of what musl has.
+const FIND_OBJECT: &str = include_str!("find_object.c");
+
+/// What stands between rustc and Debian's musl-gcc, which links a static program that can lie anywhere in memory against the loader, and has no
+/// libunwind: gcc's own unwinder does the same under another name.
 fn debian_linker(directory: &Path) -> Result<PathBuf> {
     let place = directory.join("linker");
     fs::create_dir_all(&place).with_context(|| format!("cannot make {}", place.display()))?;
@@ -173,9 +176,14 @@ fn debian_linker(directory: &Path) -> Result<PathBuf> {
         .context("a C compiler is needed: Debian: apt-get install gcc")?;
     let unwinder = PathBuf::from(String::from_utf8_lossy(&found.stdout).trim());
     ensure!(unwinder.is_absolute(), "gcc has no libgcc_eh.a");
-    let link = place.join("libunwind.a");
-    let _ = fs::remove_file(&link);
-    symlink(&unwinder, &link).with_context(|| format!("cannot make {}", link.display()))?;
+    let (source, object) = (place.join("find_object.c"), place.join("find_object.o"));
+    fs::write(&source, FIND_OBJECT).with_context(|| format!("cannot write {}", source.display()))?;
+    run(Command::new("musl-gcc")
+        .args(["-O2", "-fPIC", "-c", "-o"])
+        .args([&object, &source]))?;
+    // A library by name, a list of files to the linker.
+    let library = format!("GROUP({} {})\n", unwinder.display(), object.display());
+    fs::write(place.join("libunwind.a"), library).context("cannot write libunwind.a")?;
     let script = place.join("cc");
     let text = format!(
         "#!/bin/sh\nfor word; do\n    [ \"$word\" = -static-pie ] && word=-static\n    set -- \"$@\" \"$word\"\n    shift\ndone\n\
@@ -217,12 +225,22 @@ mod tests {
         let directory = env::temp_dir().join(format!("xtask-linker-{}", std::process::id()));
         let linker = debian_linker(&directory).expect("a linker");
         let (source, program) = (directory.join("main.c"), directory.join("main"));
-        let text = "const char *names[] = {\"one\"}; int main(int count, char **words) { return names[count - 1][0] == 'o' ? 0 : 1; }";
+        // It counts its own frames, as a panic does.
+        let text = "#include <unwind.h>\n\
+            static _Unwind_Reason_Code count(struct _Unwind_Context *frame, void *n) { ++*(int *)n; return _URC_NO_REASON; }\n\
+            __attribute__((noinline)) static int deep(int n) { int frames = 0; if (n) return deep(n - 1) + (n > 99); \
+            _Unwind_Backtrace(count, &frames); return frames; }\n\
+            int main(int n, char **words) { return deep(n + 2) > 3 ? 0 : 1; }\n";
         fs::write(&source, text).expect("a writable directory");
+        let includes = Command::new("cc")
+            .arg("-print-file-name=include")
+            .output()
+            .expect("a C compiler");
+        let includes = String::from_utf8(includes.stdout).expect("text");
         let mut link = Command::new(linker);
         link.args(["-static-pie", "-fPIE", "-o"])
             .args([&program, &source])
-            .args(["-lunwind", "-lc"]);
+            .args(["-Wl,--eh-frame-hdr", "-nodefaultlibs", "-lunwind", "-lc"]);
         run(&mut link).expect("it links");
         run(&mut Command::new(&program)).expect("it runs");
         let bytes = fs::read(&program).expect("a program");

@@ -121,7 +121,7 @@ pub fn run(root: &Path) -> Result<()> {
 /// # Errors
 /// As above.
 pub fn with(kernel: &Kernel, root: &Path) -> Result<()> {
-    stage::run(stage::cargo(root).args(["build", "--locked", "--package", "gateway-user", "--bins"]))?;
+    stage::run(&mut stage::build_programs(root))?;
     let started = Instant::now();
     let programs = dev::target_directory()?.join("debug");
     let scratch = Scratch::new("power-cut")?;

@@ -86,6 +86,10 @@ function setWidth(node, share) {
   if (node.style.width !== width) node.style.width = width;
 }
 
+function setAttribute(node, name, value) {
+  if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+}
+
 function setHidden(node, hidden) {
   if (node.hidden !== hidden) node.hidden = hidden;
 }
@@ -115,6 +119,36 @@ const meter = {
     setWidth(box.firstChild.firstChild, share || 0);
     setClass(box, "full", share >= 0.95 && cell.dataset.fills === "bad");
     setText(box.lastChild, percent(share));
+  },
+};
+
+/** What is spent of a budget: a bar, and beside it the share in words. Beyond the whole of it the bar is full, and the words say how much. */
+const budgetBar = {
+  make(cell) {
+    const box = make("span", "meter budget");
+    box.setAttribute("role", "meter");
+    box.setAttribute("aria-valuemin", "0");
+    box.setAttribute("aria-valuemax", "100");
+    const track = make("i");
+    track.append(make("b"));
+    box.append(track, make("span"));
+    cell.append(box);
+  },
+  show(cell, team) {
+    const box = cell.firstChild;
+    const budget = team.budget;
+    setHidden(box, !budget);
+    if (!budget) return;
+    const share = budgetShare(team);
+    setWidth(box.firstChild.firstChild, share);
+    setClass(box, "near", share >= 0.8 && share < 1);
+    setClass(box, "spent", share >= 1);
+    setAttribute(box, "aria-label", `Budget of ${team.team}`);
+    setAttribute(box, "aria-valuenow", String(Math.min(100, Math.round(share * 100))));
+    const text = `${usd(budget.spent_usd)} of ${usd(budget.usd)} USD for the ${budget.period}`;
+    setAttribute(box, "aria-valuetext", `${percent(share)}, ${text}`);
+    setAttribute(cell, "title", `${text}; the next begins in ${span(budget.resets_in_s)}`);
+    setText(box.lastChild, (share >= 1 ? "✕ " : share >= 0.8 ? "! " : "") + percent(share));
   },
 };
 
@@ -174,6 +208,7 @@ class Table {
     const head = this.node.tHead.rows[0];
     for (const column of columns) {
       const cell = make("th", column.className || "");
+      cell.dataset.field = column.key;
       cell.scope = "col";
       if (column.title) cell.title = column.title;
       if (options.sortBy && column.value) {
@@ -277,6 +312,7 @@ class Table {
   }
 }
 
+const budgetShare = (team) => (team.budget ? team.budget.spent_usd / team.budget.usd : null);
 const tokensPerSecond = (team) => team.prompt_tokens_per_second + team.completion_tokens_per_second;
 const tokensTotal = (team) => team.prompt_tokens_total + team.completion_tokens_total;
 const perMinute = (team) => Math.round(team.requests_per_second * state.window);
@@ -285,6 +321,7 @@ const teamTable = new Table("team-table", [
   { key: "team", label: "Team", className: "text", isName: true, value: (t) => t.team, show: (t) => t.team },
   { key: "share", label: "Share", className: "text", kind: meter, title: "Share of what all teams are charged", value: (t) => t.share, show: (t) => t.share },
   { key: "usd", label: "USD/h", title: "What its requests are charged by the rate card, at this pace", value: (t) => t.charge_usd_per_hour, show: (t) => usd(t.charge_usd_per_hour) },
+  { key: "budget", label: "Budget", className: "text", kind: budgetBar, title: "What its requests were charged in this day or month, of what they may be charged", value: budgetShare, show: (t) => t, mark: (t) => (budgetShare(t) >= 1 ? "bad" : budgetShare(t) >= 0.8 ? "warn" : "") },
   { key: "tokens", label: "Tokens/s", title: "Prompt and completion tokens a second", value: tokensPerSecond, show: (t) => short(tokensPerSecond(t)) },
   { key: "rate", label: "Requests/s", className: "narrow", value: (t) => t.requests_per_second, show: (t) => short(t.requests_per_second) },
   { key: "spark", label: "Last minute", className: "mid", kind: spark, title: "Requests that ended in each second, each team to its own scale", show: (t) => t.requests_by_second },
@@ -338,6 +375,19 @@ const engineTable = new Table("engine-table", [
   { key: "completion_known", label: "attributed", className: "mid", show: (e) => whole(e.attributed_completion_tokens) },
   { key: "completion_gap", label: "completion gap", title: "Counted by the engine and used by no known request, of late", show: (e) => whole(e.gap_completion_tokens), mark: (e) => (e.gap_exceeded ? "bad" : "") },
   { key: "verdict", label: "Adds up", className: "text narrow", show: (e) => (!e.gap_exceeded ? "✓ yes" : "✕ " + (e.likely_causes.map(causeText).join(", ") || "no")), mark: (e) => (e.gap_exceeded ? "bad" : "good") },
+]);
+
+const costOf = (c) => c.teams_nano_usd + c.idle_nano_usd + c.unattributed_nano_usd + c.loading_nano_usd + c.down_nano_usd + c.scaled_to_zero_nano_usd;
+const costText = (nanoUsd) => usd(nanoUsd / 1e9);
+
+const costTable = new Table("cost-table", [
+  { key: "upstream", label: "USD of", className: "text", isName: true, show: (c) => c.upstream },
+  { key: "cost", label: "Cost", title: "Price times time of the hour’s booked windows", show: (c) => costText(costOf(c)) },
+  { key: "teams", label: "Teams", title: "What teams’ requests took", show: (c) => costText(c.teams_nano_usd) },
+  { key: "idle", label: "Idle", title: "Time in which nobody used it, whoever pays for that", show: (c) => costText(c.idle_nano_usd) },
+  { key: "idle_share", label: "Idle share", className: "text", kind: meter, show: (c) => (costOf(c) ? c.idle_nano_usd / costOf(c) : null) },
+  { key: "unattributed", label: "Unattributed", className: "narrow", title: "What no known request asked for", show: (c) => costText(c.unattributed_nano_usd) },
+  { key: "away", label: "Loading or away", className: "mid", title: "Loading its model, down, or scaled to zero", show: (c) => costText(c.loading_nano_usd + c.down_nano_usd + c.scaled_to_zero_nano_usd) },
 ]);
 
 // ---- lists of terms
@@ -398,6 +448,8 @@ function troubles(snapshot) {
   const share = ended ? errors / ended : 0;
   if (share >= 0.05) found.push(["bad", `${percent(share)} of requests fail`]);
   else if (share >= 0.01) found.push(["warn", `${percent(share)} of requests fail`]);
+  const spent = snapshot.teams.filter((team) => budgetShare(team) >= 1).map((team) => team.team);
+  if (spent.length) found.push(["warn", spent.length === 1 ? `${spent[0]} has spent its budget` : `${spent.length} teams have spent their budgets`]);
   const books = snapshot.reconciliation;
   if (books && books.store) {
     if (books.store.dropped_rows) found.push(["bad", `${whole(books.store.dropped_rows)} rows were lost`]);
@@ -471,6 +523,8 @@ function renderTeams(snapshot, wanted) {
   const share = (team) => (charged ? team.charge_usd_per_hour / charged : tokens ? tokensPerSecond(team) / tokens : 0);
   const teams = snapshot.teams.map((team) => ({ ...team, share: share(team) }));
   const shown = teams.filter((team) => team.team.toLowerCase().includes(wanted));
+  // Where nobody has a budget, nobody needs the column.
+  setClass(teamTable.node, "no-budgets", !teams.some((team) => team.budget));
   teamTable.show(shown, (team) => team.team);
   const count = wanted ? `${shown.length} of ${teams.length}` : `${teams.length}`;
   setText(byId("teams-note"), `${count} ${teams.length === 1 ? "team" : "teams"}. Rates, percentiles and errors are of the last minute; a request counts when it ends.`);
@@ -490,6 +544,12 @@ function renderBooks(books) {
   setHidden(byId("books"), !books);
   if (!books) return;
   engineTable.show(books.engines, (engine) => engine.upstream);
+  const costs = books.costs || [];
+  setHidden(byId("costs"), costs.length === 0);
+  costTable.show(costs, (cost) => cost.upstream);
+  // A younger upstream has less than an hour.
+  const shortest = costs.reduce((least, cost) => Math.min(least, cost.to_us - cost.from_us), 3.6e9);
+  setText(byId("costs-note"), `Cost of the last ${shortest < 3.6e9 ? span(shortest / 1e6) : "hour"}, in USD, by what it was for.`);
   const entries = [];
   if (books.tap) {
     entries.push(
@@ -519,7 +579,8 @@ function renderBooks(books) {
 
 function renderFirst(snapshot) {
   const gateway = snapshot.gateway;
-  const waits = snapshot.teams.length === 0 && gateway.clients !== null;
+  // A team with a budget is listed before its first request.
+  const waits = snapshot.teams.every((team) => team.requests_total === 0 && team.in_flight === 0) && gateway.clients !== null;
   setHidden(byId("first"), !waits);
   setHidden(byId("team-section"), waits);
   setHidden(byId("request-section"), waits);

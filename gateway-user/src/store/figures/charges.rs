@@ -58,6 +58,8 @@ impl FiguresReader {
         let mut query = self
             .client
             .query(&statement)
+            // A window lies in one month, and so do all rows of it.
+            .with_setting("do_not_merge_across_partitions_select_final", "1")
             .param("from", span.from().0 / 1_000_000)
             .param("to", span.to().0.div_ceil(1_000_000))
             .param("firsts", &counted.firsts)

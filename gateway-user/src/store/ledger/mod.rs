@@ -4,6 +4,7 @@
 //! one block, so that it is there as a whole or not at all, and for many windows. A writer that dies in between leaves rows of another revision
 //! than the head's, which whoever looks at the window next will see ([`Standing::is_whole`](crate::ledger::Standing)). Everything is read with `FINAL`.
 
+mod hour;
 mod months;
 mod read;
 mod write;
