@@ -38,6 +38,7 @@ pub const LABELS: &[Label] = &[
     Label { name: "result", means: "`edited`, or why not: `off`, `endpoint`, `not_json`, `not_streamed`, `duplicate_key`, `stream_options`, `already_asked`, `fingerprint_unknown`; `event_too_long` where it was given up on the way", bound: WORDS },
     Label { name: "upstream", means: "the server, by its configured name", bound: CONFIGURED },
     Label { name: "state", means: "of connections `idle` or `active`, of windows `provisional`, `settled` or `restated`", bound: WORDS },
+    Label { name: "line", means: "what the cost was for: `teams`' requests, `__idle__`, `__unattributed__` (the engine ran, and no known request did), `__loading__`, `__down__`, `__scaled_to_zero__`", bound: WORDS },
     Label { name: "condition", means: "how the upstream was", bound: WORDS },
     Label { name: "cause", means: "why something was lost, given up or must be made again", bound: WORDS },
     Label { name: "table", means: "of which table the rows are: `request_events` or `request_segments`", bound: WORDS },

@@ -25,11 +25,11 @@ impl LimitFamilies {
     pub(super) fn of(limiter: Weak<Limiter>) -> Result<LimitFamilies> {
         Ok(LimitFamilies {
             limiter,
-            limit: IntGaugeVec::new(Opts::new("gateway_limit", "What the team may take, by what is limited."), &["team", "limit"])?,
-            used: IntGaugeVec::new(Opts::new("gateway_limit_used", "What the team has taken of gateway_limit now; of tokens it can be more."), &["team", "limit"])?,
+            limit: IntGaugeVec::new(Opts::new("gateway_limit", "What the team may take: requests_per_minute, tokens_per_minute, concurrent_requests."), &["team", "limit"])?,
+            used: IntGaugeVec::new(Opts::new("gateway_limit_used", "What the team has taken of its limit now; of tokens it can be more."), &["team", "limit"])?,
             limited: IntCounterVec::new(Opts::new("gateway_limited_requests_total", "Requests that a limit or budget stood in the way of, by whether they were refused or let in all the same (observed)."), &["team", "limit", "action"])?,
             budget: GaugeVec::new(Opts::new("gateway_budget_usd", "What the team's requests may be charged in the running day or month, in US dollars."), &["team", "period"])?,
-            spent: GaugeVec::new(Opts::new("gateway_budget_spent_usd", "What the team's requests are charged so far in that time, over all gateways as far as this one knows, in US dollars."), &["team", "period"])?,
+            spent: GaugeVec::new(Opts::new("gateway_budget_spent_usd", "What the team's requests are charged so far in the running day or month, over all gateways as far as this one knows."), &["team", "period"])?,
         })
     }
 

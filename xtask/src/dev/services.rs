@@ -300,7 +300,7 @@ fn with_limits(config: &str, rate_per_s: f64) -> Result<String> {
         "{{requests_per_minute: {requests}, tokens_per_minute: {tokens}, concurrent_requests: 200, budget: {{usd: 1, period: day, at_limit: observe}}}}"
     );
     let places = [
-        ("\n  default: {}\n", format!("\n  default: {each}\n")),
+        ("\n  default:\n", format!("\n  default: {each}\n")),
         (
             "\n  teams: []\n",
             "\n  teams:\n    - {team: tight, requests_per_minute: 3}\n".to_owned(),
@@ -349,7 +349,7 @@ mod tests {
         assert_eq!(limits["default"]["requests_per_minute"], 450);
         assert_eq!(limits["default"]["tokens_per_minute"], 135_000);
         assert_eq!(limits["teams"][0]["team"], "tight");
-        let refused = with_limits("limits:\n  default: {}\n", 15.0).expect_err("no teams");
+        let refused = with_limits("limits:\n  default:\n", 15.0).expect_err("no teams");
         assert!(refused.to_string().contains("`teams: []`"), "{refused}");
     }
 

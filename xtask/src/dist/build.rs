@@ -238,9 +238,16 @@ mod tests {
             .expect("a C compiler");
         let includes = String::from_utf8(includes.stdout).expect("text");
         let mut link = Command::new(linker);
-        link.args(["-static-pie", "-fPIE", "-o"])
-            .args([&program, &source])
-            .args(["-Wl,--eh-frame-hdr", "-nodefaultlibs", "-lunwind", "-lc"]);
+        link.args([
+            "-static-pie",
+            "-fPIE",
+            "-fexceptions",
+            "-I",
+            includes.trim(),
+            "-o",
+        ])
+        .args([&program, &source])
+        .args(["-Wl,--eh-frame-hdr", "-nodefaultlibs", "-lunwind", "-lc"]);
         run(&mut link).expect("it links");
         run(&mut Command::new(&program)).expect("it runs");
         let bytes = fs::read(&program).expect("a program");
