@@ -112,7 +112,7 @@ fn documents() -> Vec<(String, String)> {
 }
 
 /// The relative links of a document that lead nowhere. `read` gives the text of another document, or nothing where there is no such file.
-fn dead_links<'a>(document: &'a str, read: impl Fn(&str) -> Option<String>) -> Vec<&'a str> {
+fn dead_links(document: &str, read: impl Fn(&str) -> Option<String>) -> Vec<&str> {
     let mut fenced = false;
     let prose = document.lines().filter(|line| {
         let is_fence = line.trim_start().starts_with("```");
