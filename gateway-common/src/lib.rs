@@ -6,6 +6,5 @@
 #![no_std]
 
 pub mod counter;
-pub mod malformed;
 pub mod record;
 pub mod setting;

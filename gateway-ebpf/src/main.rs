@@ -32,22 +32,44 @@ const PASS: i32 = 1;
 /// Sees what arrives.
 #[cgroup_skb(ingress)]
 pub fn ingress(ctx: SkBuffContext) -> i32 {
-    if let Some(limit_bytes) = setting::ingress_prefix_bytes() {
-        watch::<INGRESS>(&ctx, limit_bytes);
-    }
-    PASS
+    arrived::<true>(&ctx)
 }
 
 /// Sees what leaves.
 #[cgroup_skb(egress)]
 pub fn egress(ctx: SkBuffContext) -> i32 {
-    watch::<EGRESS>(&ctx, u32::MAX);
+    left::<true>(&ctx)
+}
+
+/// As `ingress`, for who may not load a program that logs.
+#[cgroup_skb(ingress)]
+pub fn ingress_silent(ctx: SkBuffContext) -> i32 {
+    arrived::<false>(&ctx)
+}
+
+/// As `egress`, likewise.
+#[cgroup_skb(egress)]
+pub fn egress_silent(ctx: SkBuffContext) -> i32 {
+    left::<false>(&ctx)
+}
+
+#[inline(always)]
+fn arrived<const LOGS: bool>(ctx: &SkBuffContext) -> i32 {
+    if let Some(limit_bytes) = setting::ingress_prefix_bytes() {
+        watch::<INGRESS, LOGS>(ctx, limit_bytes);
+    }
+    PASS
+}
+
+#[inline(always)]
+fn left<const LOGS: bool>(ctx: &SkBuffContext) -> i32 {
+    watch::<EGRESS, LOGS>(ctx, u32::MAX);
     PASS
 }
 
 /// Records a packet, if it is one of ours, with up to `limit_bytes` of its payload.
 #[inline(always)]
-fn watch<const DIRECTION: u8>(ctx: &SkBuffContext, limit_bytes: u32) {
+fn watch<const DIRECTION: u8, const LOGS: bool>(ctx: &SkBuffContext, limit_bytes: u32) {
     // The socket knows its port, so that what is none of ours costs a load and a look: also the clients' side of a connection on this machine, whose
     // sockets have ports of their own.
     // A socket that is being torn down may have given its port back, and its reset is still to be seen.
@@ -64,7 +86,7 @@ fn watch<const DIRECTION: u8>(ctx: &SkBuffContext, limit_bytes: u32) {
         Packet::Segment(segment) => record::put::<DIRECTION>(ctx, headers, &segment, limit_bytes),
         Packet::Other => {
             if let Some((packet_bytes, numbers)) = headers.known_malformed() {
-                diagnostic::malformed::<DIRECTION>(packet_bytes, &numbers);
+                diagnostic::malformed::<DIRECTION, LOGS>(packet_bytes, &numbers);
             }
         }
     }

@@ -23,7 +23,13 @@ use vllm_gateway::{calibrate, descriptors, doctor, log, report, stop, tap};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// `mi_option_purge_delay` of `mimalloc.h`, which the crate has no name for: milliseconds until what was freed goes back to the system.
+const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+
 fn main() -> anyhow::Result<ExitCode> {
+    // At once: for 10 ms, the default, so much passes that what is kept meanwhile would be half of all memory.
+    // SAFETY: any number is an option or ignored, and it may be set at any time.
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, 0) };
     match Cli::parse().command {
         Command::Run(source) => run(&source),
         Command::Try(arguments) => try_out(&arguments),

@@ -83,6 +83,12 @@ pub enum TapError {
         /// What went wrong.
         source: Box<MapError>,
     },
+    /// The lines that the probe writes could not be had.
+    #[error("the kernel probe's own lines cannot be read ({source}); `cargo xtask build-ebpf` makes it anew")]
+    Diagnostics {
+        /// What went wrong.
+        source: Box<aya_log::Error>,
+    },
     /// The probe that was built in lacks a part.
     #[error("the kernel probe has no {part}; `cargo xtask build-ebpf` makes it anew")]
     Missing {

@@ -38,6 +38,12 @@ pub fn check() -> Result<(), TapError> {
     })
 }
 
+/// Whether this thread may load programs whose ways under a wrong guess the verifier does not follow.
+pub(super) fn may_log() -> bool {
+    let effective = capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
+    effective.intersects(CapabilitySet::PERFMON | CapabilitySet::SYS_ADMIN)
+}
+
 /// What a gateway that runs as root in a container needs to go on as it would without a probe: its directories may be another user's.
 const KEPT: CapabilitySet = CapabilitySet::DAC_OVERRIDE;
 

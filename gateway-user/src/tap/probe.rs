@@ -12,7 +12,6 @@ use aya::programs::{CgroupSkb, ProgramError};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use gateway_common::counter::{COUNTERS, DIRECTIONS};
-use gateway_common::malformed::MALFORMED;
 use gateway_common::record::RING;
 use gateway_common::setting::{PORTS, SETTINGS, Settings, port_bit};
 use std::collections::BTreeMap;
@@ -63,7 +62,7 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Loads it. Takes CAP_BPF and CAP_NET_ADMIN.
+    /// Loads it. Takes CAP_BPF and CAP_NET_ADMIN; with CAP_PERFMON besides it writes lines about packets that should not be.
     ///
     /// # Errors
     /// [`TapError`], which says what is missing.
@@ -83,9 +82,15 @@ impl Probe {
             .load(OBJECT)
             .map_err(|source| explain_load(source, watch))?;
         set_up(&mut object, watch)?;
+        // On 6.1 the verifier lets only who has CAP_PERFMON load what writes lines; the silent ones count the same.
+        let (ingress, egress) = if privileges::may_log() {
+            ("ingress", "egress")
+        } else {
+            ("ingress_silent", "egress_silent")
+        };
         let programs = Programs {
-            ingress: load_program(&mut object, "ingress")?,
-            egress: load_program(&mut object, "egress")?,
+            ingress: load_program(&mut object, ingress)?,
+            egress: load_program(&mut object, egress)?,
         };
         let ring = Ring::open(take_map(&mut object, RING)?)?;
         let Map::Array(counters) = take_map(&mut object, COUNTERS)? else {
@@ -96,7 +101,7 @@ impl Probe {
             programs,
             ring,
             counters,
-            diagnostics: Diagnostics::open(take_map(&mut object, MALFORMED)?)?,
+            diagnostics: Diagnostics::open(&mut object)?,
         })
     }
 }
