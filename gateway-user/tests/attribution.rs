@@ -343,8 +343,12 @@ fn check_label(row: &Row) {
     let ends: &[Outcome] = match seen.outcome.as_str() {
         "ok" => &[Outcome::Completed],
         "http_error" => &[Outcome::ServerError],
-        // A client that leaves may have been sent everything already, or just then.
-        "aborted" => &[Outcome::Aborted, Outcome::Completed, Outcome::ServerError],
+        // A client that leaves may have been sent everything already, or just then: whatever it was, with its status.
+        "aborted" => match event.status_code {
+            200 => &[Outcome::Aborted, Outcome::Completed],
+            500.. => &[Outcome::Aborted, Outcome::ServerError],
+            _ => &[Outcome::Aborted],
+        },
         other => panic!("no request was to end as {other}: {row:?}"),
     };
     assert!(ends.contains(&event.outcome), "{row:?}");

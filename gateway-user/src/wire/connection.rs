@@ -228,9 +228,6 @@ enum Doubt {
     Missing,
 }
 
-/// Places for exchanges that an idle connection keeps: what a deque takes at least, 32 bytes.
-const IN_FLIGHT_KEPT: usize = 4;
-
 /// Reads one connection.
 #[derive(Debug)]
 pub struct Connection<T> {
@@ -539,8 +536,8 @@ impl<T> Connection<T> {
         };
         if self.in_flight.is_empty() {
             self.reads_last = false;
-            // Room for the few pointers that a connection without pipelining needs is kept: it took as long to get and to give back as a head to read.
-            self.in_flight.shrink_to(IN_FLIGHT_KEPT);
+            // An idle connection keeps no room for exchanges.
+            self.in_flight = VecDeque::new();
         }
         let ending = if first.is_uncertain {
             Ending::Unseen
