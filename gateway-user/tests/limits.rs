@@ -3,13 +3,11 @@
 mod support;
 
 use serde_json::Value;
-use std::sync::Arc;
 use std::time::Instant;
 use support::upstream::{Talk, Upstream};
 use support::{Sim, TestGateway, eventually, exchange, metric_sum, post};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
 use vllm_gateway::ledger::NanoUsd;
 use vllm_gateway::wire::exchange::Outcome;
 
@@ -53,22 +51,6 @@ async fn send(gateway: &TestGateway, request: &[u8]) -> Answer {
 
 async fn ask(gateway: &TestGateway, team: &str) -> Answer {
     send(gateway, &post(CHAT, team, ASK)).await
-}
-
-/// An upstream that answers each request when it is given a permit.
-async fn gated() -> (Upstream, Arc<Semaphore>) {
-    let gate = Arc::new(Semaphore::new(0));
-    let given = Arc::clone(&gate);
-    let upstream = Upstream::start(move |mut talk: Talk| {
-        let gate = Arc::clone(&given);
-        async move {
-            while talk.request().await.is_some() {
-                gate.acquire().await.expect("it stays open").forget();
-                talk.send("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await;
-            }
-        }
-    });
-    (upstream.await, gate)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -176,7 +158,7 @@ async fn a_request_after_the_time_that_was_told_is_let_in() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_place_is_free_again_when_its_client_has_left() {
-    let (upstream, gate) = gated().await;
+    let (upstream, gate) = Upstream::gated().await;
     let more = "limits: {default: {concurrent_requests: 1}}\nproxy: {health_interval: 1h}\n";
     let gateway = TestGateway::before(upstream.addr, None, more);
     let mut client = TcpStream::connect(gateway.addr).await.expect("a connection");

@@ -9,7 +9,6 @@ use support::upstream::{Talk, Upstream};
 use support::{DEADLINE, TestGateway, eventually, exchange, metric_sum, post};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use vllm_gateway::wire::exchange::Outcome;
 
@@ -39,22 +38,6 @@ fn nobody() -> (TcpSocket, SocketAddr) {
         .expect("a free port");
     let addr = socket.local_addr().expect("an address");
     (socket, addr)
-}
-
-/// An upstream that answers each request when it is given a permit.
-async fn gated() -> (Upstream, Arc<Semaphore>) {
-    let gate = Arc::new(Semaphore::new(0));
-    let given = Arc::clone(&gate);
-    let upstream = Upstream::start(move |mut talk: Talk| {
-        let gate = Arc::clone(&given);
-        async move {
-            while talk.request().await.is_some() {
-                gate.acquire().await.expect("it stays open").forget();
-                talk.send("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await;
-            }
-        }
-    });
-    (upstream.await, gate)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -126,7 +109,7 @@ async fn an_upstream_that_does_not_take_connections_is_unreachable_in_time() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_replica_with_the_fewest_requests_is_chosen_until_all_are_busy() {
-    let ((a, gate_a), (b, gate_b)) = (gated().await, gated().await);
+    let ((a, gate_a), (b, gate_b)) = (Upstream::gated().await, Upstream::gated().await);
     let cap = "serves: generate, max_connections: 1";
     let yaml = format!(
         "upstreams:\n{}{}{HELD}",

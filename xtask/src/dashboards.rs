@@ -14,7 +14,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::stage::run;
-use crate::{cache, dev, digest};
+use crate::{cache, dev, digest, tools};
 
 /// What npm makes, and the compiler looks for.
 const MODULES: &str = "node_modules";
@@ -91,17 +91,7 @@ fn install(schema: &Path, download: &Path) -> Result<()> {
     for name in MANIFESTS {
         fs::copy(schema.join(name), download.join(name)).with_context(|| format!("cannot copy {name}"))?;
     }
-    let mut npm = Command::new("npm");
-    npm.args([
-        "ci",
-        "--loglevel=error",
-        "--no-audit",
-        "--no-fund",
-        "--ignore-scripts",
-    ]);
-    run(npm.current_dir(download)).context(
-        "npm fetches the packages and checks them: install it (Debian: apt-get install npm, macOS: brew install node)",
-    )
+    tools::npm_ci(download)
 }
 
 /// Lays out what the compiler reads.

@@ -289,6 +289,24 @@ fn succeeds(words: &[&str]) -> bool {
     command.status().is_ok_and(|status| status.success())
 }
 
+/// Installs what the lock file in `directory` names, without running anything of it.
+///
+/// # Errors
+/// When npm is not there, or one of the packages is not what the lock file says.
+pub fn npm_ci(directory: &Path) -> Result<()> {
+    let mut npm = Command::new("npm");
+    npm.args([
+        "ci",
+        "--loglevel=error",
+        "--no-audit",
+        "--no-fund",
+        "--ignore-scripts",
+    ]);
+    run(npm.current_dir(directory)).context(
+        "npm fetches the packages and checks them: install it (Debian: apt-get install npm, macOS: brew install node)",
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 /// A server that follows a script. What the gateway asks for itself it answers by itself, outside of the script.
@@ -90,6 +91,22 @@ impl Upstream {
             seen,
             accepting,
         }
+    }
+
+    /// Starts one that answers each request when it is given a permit.
+    pub async fn gated() -> (Upstream, Arc<Semaphore>) {
+        let gate = Arc::new(Semaphore::new(0));
+        let given = Arc::clone(&gate);
+        let upstream = Upstream::start(move |mut talk| {
+            let gate = Arc::clone(&given);
+            async move {
+                while talk.request().await.is_some() {
+                    gate.acquire().await.expect("it stays open").forget();
+                    talk.send("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await;
+                }
+            }
+        });
+        (upstream.await, gate)
     }
 
     /// Starts one that answers every request with 200 and a small document that names its target; in chunks, if the target says so.

